@@ -1,0 +1,75 @@
+"""Affinity: labels for learning it, and random-walk propagation along it.
+
+Source: AFA (CVPR 2022), sections 3.2-3.3. Two tokens are alike (1) where the pseudo-label gives them the same
+class, unlike (0) where it does not, and nothing is learned (255) where either is ignored or they lie farther
+apart than the window. The learned affinity A, restricted to the window, becomes a transition matrix
+
+    T = D^-1 (A . window)^power        column sums D, plus 0.1 as in the published code
+
+and maps are propagated as maps T, once an iteration (equations 7-8).
+
+Shapes: B images, N = h * w tokens, K maps.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afa_core.classes import IGNORE_INDEX
+
+COLUMN_EPSILON = 0.1
+
+
+@lru_cache(maxsize=64)
+def window_mask(grid: tuple[int, int], radius: int) -> Tensor:
+    """Boolean [N, N]: pairs of tokens at most ``radius`` rows and ``radius`` columns apart."""
+    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
+    columns = torch.arange(grid[1]).repeat(grid[0])
+    near_rows = (rows[:, None] - rows).abs() <= radius
+    return near_rows & ((columns[:, None] - columns).abs() <= radius)
+
+
+def label_to_affinity_label(label: Tensor, grid: tuple[int, int], radius: int) -> Tensor:
+    """Pairwise labels from a label map (section 3.3).
+
+    Args:
+        label: [B, H, W] class per pixel, 255 ignored.
+        grid: token grid (h, w); the label is taken there by nearest neighbour.
+        radius: of the window, in tokens.
+
+    Returns:
+        [B, N, N] uint8: 1 same class, 0 different, 255 ignored.
+    """
+    tokens = F.interpolate(label[:, None].float(), size=grid, mode="nearest").flatten(1)
+    same = (tokens[:, :, None] == tokens[:, None, :]).to(torch.uint8)
+    ignored = tokens == IGNORE_INDEX
+    unused = ignored[:, :, None] | ignored[:, None, :] | ~window_mask(grid, radius).to(label.device)
+    return same.masked_fill(unused, IGNORE_INDEX)
+
+
+def propagate(
+    maps: Tensor, affinity: Tensor, grid: tuple[int, int], *, radius: int, power: float, iterations: int
+) -> Tensor:
+    """Random walk of maps along the affinity.
+
+    Args:
+        maps: [B, K, h, w].
+        affinity: [B, N, N] in 0..1.
+        grid: (h, w).
+        radius: pairs farther apart do not interact.
+        power: sharpening of the affinity before its columns are normalised.
+        iterations: number of steps of the walk.
+
+    Returns:
+        [B, K, h, w].
+    """
+    weights = affinity.masked_fill(~window_mask(grid, radius).to(affinity.device), 0).pow(power)
+    transition = weights / (weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
+    walked = maps.flatten(2)
+    for _ in range(iterations):
+        walked = walked @ transition
+    return walked.unflatten(2, grid)

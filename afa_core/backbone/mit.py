@@ -1,0 +1,213 @@
+"""Mix Transformer (MiT b0..b5), the hierarchical encoder of SegFormer.
+
+Source: Xie et al., *SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers*,
+NeurIPS 2021, section 3.1 and table 6. Written from the paper:
+
+    patch merging   x -> LN(conv_k(x)), kernel 7 then 3, overlapping
+    attention       Attention(Q, K, V) = softmax(Q K^T / sqrt(d)) V, with K and V taken from a sequence
+                    shortened by a strided convolution (equation 2), ratios 8, 4, 2, 1
+    Mix-FFN         x + linear(GELU(depthwise3x3(linear(x))))   (equation 3)
+
+As in AFA (section 3.2) the last patch merging has stride 1, so that stage 4 keeps stride 16; the strides
+are configurable. Layer-norm epsilons are 1e-6 in and behind the blocks, 1e-5 elsewhere.
+
+Shapes: B images, N = h * w tokens, c channels of a stage, n heads of d = c / n channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from afa_core.backbone.features import BackboneOutput
+
+HEADS = (1, 2, 5, 8)
+REDUCTIONS = (8, 4, 2, 1)
+EXPANSION = 4
+SPELLED_OUT_LOGITS = 2**20  # per head; beyond, fused attention saves the memory
+
+
+@dataclass(frozen=True)
+class MitSize:
+    """Channels and number of blocks of the four stages (SegFormer, table 6)."""
+
+    channels: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+
+
+SIZES = {
+    "mit_b0": MitSize((32, 64, 160, 256), (2, 2, 2, 2)),
+    "mit_b1": MitSize((64, 128, 320, 512), (2, 2, 2, 2)),
+    "mit_b2": MitSize((64, 128, 320, 512), (3, 4, 6, 3)),
+    "mit_b3": MitSize((64, 128, 320, 512), (3, 4, 18, 3)),
+    "mit_b4": MitSize((64, 128, 320, 512), (3, 8, 27, 3)),
+    "mit_b5": MitSize((64, 128, 320, 512), (3, 6, 40, 3)),
+}
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, N, c] -> [B, c, h, w]."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def map_to_tokens(feature: Tensor) -> Tensor:
+    """[B, c, h, w] -> [B, N, c]."""
+    return feature.flatten(2).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V of [B, n, N, d], [B, n, M, d], [B, n, M, d] -> [B, n, N, d].
+
+    Spelled out where the logits are small: the fused kernel rounds otherwise, and the normalisation of weak
+    activation maps (division by a maximum near 0) blows that up beyond 1e-5 of the published numbers.
+    """
+    if query.shape[2] * key.shape[2] > SPELLED_OUT_LOGITS:
+        return F.scaled_dot_product_attention(query, key, value)
+    logits = (query @ key.transpose(2, 3)) * query.shape[3] ** -0.5
+    return logits.softmax(dim=3) @ value
+
+
+class PatchMerging(nn.Module):
+    """Overlapping patch embedding: a strided convolution and a layer norm over channels."""
+
+    def __init__(self, in_channels: int, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2)
+        self.norm = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, c_in, H, W] -> tokens [B, N, c] and their grid (h, w)."""
+        feature = self.projection(feature)
+        return self.norm(map_to_tokens(feature)), (feature.shape[2], feature.shape[3])
+
+
+class SpatialReductionAttention(nn.Module):
+    """Multi-head self-attention whose keys and values come from a grid shrunk ``reduction`` times."""
+
+    def __init__(self, channels: int, heads: int, reduction: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.output = nn.Linear(channels, channels)
+        self.reduction: nn.Conv2d | None = None
+        if reduction > 1:
+            self.reduction = nn.Conv2d(channels, channels, reduction, reduction)
+            self.reduction_norm = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Attended tokens [B, N, c] with the queries [B, n, N, d] and keys [B, n, M, d] that made them."""
+        source = tokens
+        if self.reduction is not None:
+            source = self.reduction_norm(map_to_tokens(self.reduction(tokens_to_map(tokens, grid))))
+        query = self.query(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(source).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = attend(query, key, value)
+        return self.output(attended.transpose(1, 2).flatten(2)), query, key
+
+
+class MixFeedForward(nn.Module):
+    """Feed-forward network with a depth-wise 3x3 convolution in place of a position code (equation 3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = EXPANSION * channels
+        self.expand = nn.Linear(channels, hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.contract = nn.Linear(hidden, channels)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, N, c] -> [B, N, c]."""
+        hidden = self.depthwise(tokens_to_map(self.expand(tokens), grid))
+        return self.contract(F.gelu(map_to_tokens(hidden)))
+
+
+class Block(nn.Module):
+    """Attention and Mix-FFN, each behind a layer norm and inside a residual with stochastic depth."""
+
+    def __init__(self, channels: int, heads: int, reduction: int, drop_path: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.attention = SpatialReductionAttention(channels, heads, reduction)
+        self.feed_forward_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.feed_forward = MixFeedForward(channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N, c] with the queries and keys of the attention."""
+        attended, query, key = self.attention(self.attention_norm(tokens), grid)
+        tokens = tokens + self.drop_path(attended)
+        tokens = tokens + self.drop_path(self.feed_forward(self.feed_forward_norm(tokens), grid))
+        return tokens, query, key
+
+
+class Stage(nn.Module):
+    """Patch merging, blocks, final norm."""
+
+    def __init__(self, merging: PatchMerging, blocks: list[Block], channels: int) -> None:
+        super().__init__()
+        self.merging = merging
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The stage's map [B, c, h, w] and the (queries, keys) of its last two blocks."""
+        tokens, grid = self.merging(feature)
+        queries_keys: list[tuple[Tensor, Tensor]] = []
+        for block in self.blocks:
+            tokens, query, key = block(tokens, grid)
+            queries_keys = [*queries_keys[-1:], (query, key)]
+        return tokens_to_map(self.norm(tokens), grid).contiguous(), queries_keys
+
+
+class MixTransformer(nn.Module):
+    """MiT encoder: four stages of growing width and shrinking grid."""
+
+    def __init__(
+        self, size: MitSize, strides: tuple[int, int, int, int] = (4, 2, 2, 1), drop_path_rate: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.channels = size.channels
+        self.affinity_heads = HEADS[-1]
+        # Stochastic depth grows linearly over all blocks of the network.
+        rates = iter(torch.linspace(0, drop_path_rate, sum(size.depths)).tolist())
+        stages = []
+        for index, (channels, depth) in enumerate(zip(size.channels, size.depths, strict=True)):
+            in_channels = 3 if index == 0 else size.channels[index - 1]
+            merging = PatchMerging(in_channels, channels, 7 if index == 0 else 3, strides[index])
+            blocks = [Block(channels, HEADS[index], REDUCTIONS[index], next(rates)) for _ in range(depth)]
+            stages.append(Stage(merging, blocks, channels))
+        self.stages = nn.ModuleList(stages)
+        self.apply(_initialise)
+
+    def forward(self, image: Tensor) -> BackboneOutput:
+        """Normalised image [B, 3, H, W] -> pyramid at strides 4, 8, 16, 16 and the last blocks' Q and K."""
+        features = []
+        queries_keys: list[tuple[Tensor, Tensor]] = []
+        feature = image
+        for stage in self.stages:
+            feature, queries_keys = stage(feature)
+            features.append(feature)
+        (query_a, key_a), (query_b, key_b) = queries_keys
+        return BackboneOutput(
+            features=(features[0], features[1], features[2], features[3]),
+            queries=(query_a, query_b),
+            keys=(key_a, key_b),
+        )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Weights before any training: small normal linear layers, fan-out normal convolutions."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

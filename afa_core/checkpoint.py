@@ -1,0 +1,165 @@
+"""What a trained network is on disk.
+
+A *bundle* is a folder that is enough to label with: ``model.safetensors`` and ``config.json`` (class list, model,
+CAM, PAR and labelling configuration). Training state (optimiser, random states) lies in a file of its own beside it.
+Nothing that is read here can execute code.
+
+Import of published checkpoints: ``afa_core.published``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from afa_core.classes import check_classes
+from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
+from afa_core.errors import InputError
+from afa_core.model import AFANet, build_model
+
+ConfigT = TypeVar("ConfigT")
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A network and everything that labelling with it needs."""
+
+    model: AFANet
+    classes: tuple[str, ...]
+    model_config: ModelConfig
+    cam_config: CamConfig
+    par_config: ParConfig
+    label_config: LabelConfig
+    digest: str
+
+
+def save_bundle(
+    folder: str | Path,
+    model: AFANet,
+    classes: tuple[str, ...],
+    model_config: ModelConfig,
+    cam_config: CamConfig,
+    par_config: ParConfig,
+    label_config: LabelConfig | None = None,
+) -> None:
+    """Write weights and configuration into ``folder``, which is made."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "classes": list(classes),
+        "model": dataclasses.asdict(model_config),
+        "cam": dataclasses.asdict(cam_config),
+        "par": dataclasses.asdict(par_config),
+        "label": dataclasses.asdict(label_config or LabelConfig()),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_bundle(folder: str | Path, device: torch.device | str = "cpu") -> Bundle:
+    """The network of a bundle in evaluation mode, with its configuration.
+
+    Raises:
+        InputError: the folder holds no bundle, or one that this version cannot read.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        state = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no usable model ({CONFIG} and {WEIGHTS}): {error}") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{folder / CONFIG} has no format_version {FORMAT_VERSION}: written by another version?")
+    classes = check_classes(config["classes"])
+    # Weights come from the bundle, so nothing else may be loaded first.
+    model_config = dataclasses.replace(config_from_json(ModelConfig, config["model"]), pretrained=None)
+    model = build_model(model_config, len(classes))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    return Bundle(
+        model=model.to(device).eval(),
+        classes=classes,
+        model_config=model_config,
+        cam_config=config_from_json(CamConfig, config["cam"]),
+        par_config=config_from_json(ParConfig, config["par"]),
+        label_config=config_from_json(LabelConfig, config["label"]),
+        digest=bundle_digest(folder),
+    )
+
+
+def bundle_digest(folder: str | Path) -> str:
+    """SHA-256 over configuration and weights, hexadecimal: the identity of a model."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        digest.update((Path(folder) / name).read_bytes())
+    return digest.hexdigest()
+
+
+def config_from_json(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """A configuration dataclass from its JSON form, lists back to tuples.
+
+    Raises:
+        InputError: a key that the dataclass does not have.
+    """
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except TypeError as error:
+        raise InputError(f"{kind.__name__}: {error}") from error
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random generators of this process, in types that load without executing anything."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what ``random_state`` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_training_state(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write optimiser state, step and random states (tensors, numbers, strings and containers only)."""
+    torch.save(dict(state), path)
+
+
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Read what ``save_training_state`` wrote, executing nothing."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_weights(model: AFANet, folder: str | Path) -> None:
+    """Fill ``model`` with the weights of a bundle."""
+    state: dict[str, Tensor] = load_file(Path(folder) / WEIGHTS)
+    model.load_state_dict(state)

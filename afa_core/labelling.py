@@ -1,0 +1,184 @@
+"""Pictures of any size in, label maps out: what a finished model does with a store of pictures.
+
+A picture without tags gets those that the classifier is sure of. Large pictures are labelled at a bounded size and
+the label map is brought back; small ones are padded, the padding being outside their box. Refinement is
+``pseudo_label.make_pseudo_label``, the same as in training, with the affinity.
+
+Shapes: H x W the picture's own size; F foreground classes, C = F + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afa_core.cam import resize
+from afa_core.checkpoint import Bundle
+from afa_core.classes import IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
+from afa_core.config import LabelConfig
+from afa_core.data.transforms import denormalise_to_unit, normalise
+from afa_core.pseudo_label import BackgroundScores, RefinedMaps, make_pseudo_label, valid_channels
+
+# The finest grid must not be smaller than the reduction of the first stage's attention: 8 tokens of 4 pixels.
+SMALLEST_SIDE_PX = 32
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PictureLabel:
+    """The label of one picture and what is known about it.
+
+    Attributes:
+        label: [H, W] uint8, 0 background, 1..F, 255 ignored.
+        tags: classes that were looked for, in list order.
+        tags_given: whether they came with the picture; else the classifier predicted them.
+        unknown_tags: given tags that the model has no class for.
+        area: share of the pixels per tag, 0..1.
+        confidence: mean over the class's pixels of its share of the refined maps, per tag with pixels, 0..1.
+        ignored_share: share of the pixels that are 255.
+        disagreement: share of the decided pixels where the segmentation head, asked for the same tags, says
+            another class.
+    """
+
+    label: Pixels
+    tags: tuple[str, ...]
+    tags_given: bool
+    unknown_tags: tuple[str, ...]
+    area: dict[str, float]
+    confidence: dict[str, float]
+    ignored_share: float
+    disagreement: float
+
+
+@torch.no_grad()
+def label_pictures(
+    bundle: Bundle,
+    images: Sequence[Pixels],
+    tags: Sequence[Sequence[str] | None],
+    label_config: LabelConfig | None = None,
+) -> list[PictureLabel]:
+    """Label pictures; those that are worked on at the same size share a batch.
+
+    Args:
+        bundle: the model, on the device to use.
+        images: uint8 [H, W, 3] each.
+        tags: of each picture; None where the classifier is to predict them.
+        label_config: None takes the bundle's.
+    """
+    config = label_config or bundle.label_config
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(working_size(image.shape[0], image.shape[1], config.max_side_px), []).append(index)
+    labels: dict[int, PictureLabel] = {}
+    for size, members in by_size.items():
+        made = _label_batch(bundle, [images[i] for i in members], [tags[i] for i in members], size, config)
+        labels.update(zip(members, made, strict=True))
+    return [labels[index] for index in range(len(images))]
+
+
+def working_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
+    """Size at which a picture is labelled: its own, or shrunk so that its long side is ``max_side_px``."""
+    factor = min(1.0, max_side_px / max(height, width))
+    return max(1, int(height * factor)), max(1, int(width * factor))
+
+
+def background_scores(bundle: Bundle, config: LabelConfig) -> BackgroundScores:
+    """(low, high) that labelling decides with."""
+    cam = bundle.cam_config
+    if config.ignore_band:
+        return cam.background_score_low, cam.background_score_high
+    return cam.background_score, cam.background_score
+
+
+def _label_batch(
+    bundle: Bundle,
+    images: Sequence[Pixels],
+    tags: Sequence[Sequence[str] | None],
+    size: tuple[int, int],
+    config: LabelConfig,
+) -> list[PictureLabel]:
+    device = next(bundle.model.parameters()).device
+    image = _padded(torch.stack([_shrunk(normalise(pixels), size) for pixels in images]), bundle).to(device)
+    boxes = torch.tensor([[0, size[0], 0, size[1]]]).expand(len(images), 4)
+    output = bundle.model(image)
+    predicted = (output.class_logits.sigmoid() > config.tag_probability).float().cpu()
+    cls_label = torch.stack(
+        [
+            predicted[index] if given is None else tags_to_cls_label(given, bundle.classes)
+            for index, given in enumerate(tags)
+        ]
+    ).to(device)
+    made = make_pseudo_label(
+        bundle.model,
+        image,
+        denormalise_to_unit(image),
+        cls_label,
+        boxes,
+        bundle.cam_config,
+        bundle.par_config,
+        background_scores=background_scores(bundle, config),
+    )
+    assert made.refined_affinity is not None
+    invalid = ~valid_channels(cls_label)[:, :, None, None]
+    seg_label = resize(output.seg_logits.masked_fill(invalid, -torch.inf), image.shape[2:]).argmax(1)
+    return [
+        _picture_label(bundle, images[index], given, cls_label[index], made.refined_affinity, seg_label, index, size)
+        for index, given in enumerate(tags)
+    ]
+
+
+def _picture_label(
+    bundle: Bundle,
+    pixels: Pixels,
+    given: Sequence[str] | None,
+    cls_label: Tensor,
+    refined: RefinedMaps,
+    seg_label: Tensor,
+    index: int,
+    size: tuple[int, int],
+) -> PictureLabel:
+    inside = (index, slice(0, size[0]), slice(0, size[1]))
+    label, maps = refined.label[inside], refined.low[index, :, : size[0], : size[1]]
+    decided = label != IGNORE_INDEX
+    share = maps / maps.sum(0).clamp(min=1e-8)
+    names = cls_label_to_tags(cls_label, bundle.classes)
+    area, confidence = {}, {}
+    for name in names:
+        channel = bundle.classes.index(name) + 1
+        here = label == channel
+        area[name] = float(here.float().mean())
+        if here.any():
+            confidence[name] = float(share[channel][here].mean())
+    full = F.interpolate(label[None, None].float(), size=pixels.shape[:2], mode="nearest")[0, 0]
+    differing = (label != seg_label[inside]) & decided
+    return PictureLabel(
+        label=full.to(torch.uint8).cpu().numpy(),
+        tags=tuple(names),
+        tags_given=given is not None,
+        unknown_tags=tuple(tag for tag in given or () if tag not in bundle.classes),
+        area=area,
+        confidence=confidence,
+        ignored_share=float((~decided).float().mean()),
+        disagreement=float(differing.sum() / decided.sum().clamp(min=1)),
+    )
+
+
+def _shrunk(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[3, H, W] -> [3, *size] with a filter wide enough not to alias."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _padded(image: Tensor, bundle: Bundle) -> Tensor:
+    """Pictures of at least the size that the smallest CAM scale needs; padding is the mean colour."""
+    smallest = int(SMALLEST_SIDE_PX / min(1.0, *bundle.cam_config.scales)) + 1
+    bottom, right = (max(0, smallest - side) for side in image.shape[2:])
+    return F.pad(image, (0, right, 0, bottom)) if bottom or right else image

@@ -1,0 +1,81 @@
+"""Losses of AFA and the phase plan that weighs them.
+
+Source: AFA (CVPR 2022), equations 1, 5 and 12, section 4.1.
+
+    total = cls + w_seg seg + w_aff aff        (only cls in the first phase)
+
+Departure: where a batch holds no background or no foreground pixel, the published segmentation loss is NaN;
+here the empty term contributes 0.
+
+Shapes: B images, F foreground classes, C = F + 1, N tokens.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afa_core.cam import resize
+from afa_core.classes import BACKGROUND, IGNORE_INDEX
+from afa_core.config import LossConfig
+
+
+class Phase(Enum):
+    """What a training step learns from."""
+
+    CLASSIFICATION = "classification"  # tags only
+    REFINED_CAM = "refined_cam"  # segmentation labels from the CAM refined by PAR
+    REFINED_AFFINITY = "refined_affinity"  # ... from the propagated CAM refined by PAR
+
+
+def phase_at(step: int, config: LossConfig) -> Phase:
+    """Phase of optimiser step ``step``, counted from 0."""
+    if step < config.classification_steps:
+        return Phase.CLASSIFICATION
+    return Phase.REFINED_CAM if step < config.affinity_label_step else Phase.REFINED_AFFINITY
+
+
+def classification_loss(class_logits: Tensor, cls_label: Tensor) -> Tensor:
+    """Multi-label soft margin (equation 1) of [B, F] logits against [B, F] multi-hot labels."""
+    return F.multilabel_soft_margin_loss(class_logits, cls_label)
+
+
+def segmentation_loss(seg_logits: Tensor, label: Tensor) -> Tensor:
+    """Mean of two cross-entropies, one over background and one over foreground pixels.
+
+    Args:
+        seg_logits: [B, C, h, w], resized to the label.
+        label: [B, H, W] int64, 255 ignored. A side without pixels contributes 0.
+    """
+    entropy = F.cross_entropy(
+        resize(seg_logits, label.shape[1:]), label, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    background = label == BACKGROUND
+    foreground = ~background & (label != IGNORE_INDEX)
+    terms = [(entropy * side).sum() / side.sum().clamp(min=1) for side in (background, foreground)]
+    return 0.5 * (terms[0] + terms[1])
+
+
+def affinity_loss(affinity: Tensor, affinity_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Half the mean of 1 - A over like pairs plus half the mean of A over unlike pairs (equation 5).
+
+    Args:
+        affinity: [B, N, N] in 0..1.
+        affinity_label: [B, N, N], 1 like, 0 unlike, 255 ignored.
+
+    Returns:
+        The loss and the two counts, each + 1 so that none divides by zero.
+    """
+    like, unlike = affinity_label == 1, affinity_label == 0
+    like_count, unlike_count = like.sum() + 1, unlike.sum() + 1
+    loss = ((1 - affinity) * like).sum() / like_count + (affinity * unlike).sum() / unlike_count
+    return 0.5 * loss, like_count, unlike_count
+
+
+def total_loss(terms: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """Weighted sum of the terms ``cls``, ``seg`` and ``aff``; a term that is not there counts nothing."""
+    weights = {"cls": 1.0, "seg": config.segmentation_weight, "aff": config.affinity_weight}
+    return torch.stack([weights[name] * value for name, value in terms.items()]).sum()

@@ -1,0 +1,124 @@
+"""AFANet: one backbone, three heads.
+
+Source: Ru et al., *Learning Affinity from Attention: End-to-End Weakly-Supervised Semantic Segmentation with
+Transformers*, CVPR 2022, figure 2 and sections 3.1-3.2.
+
+    class_logits  = W pool(f4)                      W a bias-free 1x1 convolution, pooling global maximum
+    cam           = W f4                            the same W on every token          (equation 3)
+    affinity      = sigmoid(MLP(S + S^T))           S the attention logits Q K^T       (equation 4)
+    seg_logits    = decoder(f1, f2, f3, f4)
+
+The MLP of equation 4 is one 1x1 convolution over the 2 n heads of the last two blocks, hence
+
+    MLP(S + S^T) = M + M^T + b,   M = sum_h (w_h Q_h) K_h^T
+
+which is one matrix product of [N, 2 n d] by [2 n d, N]; no heads x N x N tensor is ever formed.
+
+Shapes: B images, F foreground classes, C = F + 1, N = h4 * w4 tokens of stage 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afa_core.backbone import build_backbone
+from afa_core.backbone.features import Backbone, BackboneOutput
+from afa_core.config import ModelConfig
+from afa_core.decoder import SegFormerDecoder
+
+
+@dataclass(frozen=True)
+class AFAOutput:
+    """Everything one forward pass gives.
+
+    Attributes:
+        class_logits: [B, F].
+        seg_logits: [B, C, h1, w1].
+        affinity: [B, N, N] in 0..1, symmetric.
+        backbone: the features and the queries and keys behind them.
+    """
+
+    class_logits: Tensor
+    seg_logits: Tensor
+    affinity: Tensor
+    backbone: BackboneOutput
+
+
+class AffinityHead(nn.Module):
+    """A = sigmoid(M + M^T + b), see the module header."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.head_weight = nn.Parameter(torch.empty(2 * heads))
+        self.bias = nn.Parameter(torch.zeros(()))
+        nn.init.kaiming_uniform_(self.head_weight[None], a=5**0.5)
+
+    def forward(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+        """Queries and keys [B, n, N, d] of two blocks -> affinity [B, N, N]."""
+        query = torch.cat(list(queries), dim=1) * self.head_weight[:, None, None]
+        key = torch.cat(list(keys), dim=1)
+        merged = query.transpose(1, 2).flatten(2) @ key.transpose(2, 3).flatten(1, 2)
+        return torch.sigmoid(merged + merged.transpose(1, 2) + self.bias)
+
+
+class AFANet(nn.Module):
+    """Backbone, classifier, affinity head and decoder."""
+
+    def __init__(self, config: ModelConfig, num_foreground: int) -> None:
+        super().__init__()
+        self.num_foreground = num_foreground
+        self.pooling = config.pooling
+        self.backbone: Backbone = build_backbone(
+            config.backbone,
+            strides=config.strides,
+            drop_path_rate=config.drop_path_rate,
+            timm_weights=config.pretrained == "timm",
+        )
+        channels = self.backbone.channels
+        self.classifier = nn.Conv2d(channels[-1], num_foreground, 1, bias=False)
+        self.affinity_head = AffinityHead(self.backbone.affinity_heads)
+        self.decoder = SegFormerDecoder(
+            channels, config.decoder_channels, num_foreground + 1, config.decoder_dropout
+        )
+
+    def forward(self, image: Tensor) -> AFAOutput:
+        """Normalised image [B, 3, H, W] -> all heads."""
+        features = self.backbone(image)
+        return AFAOutput(
+            class_logits=self.classify(features),
+            seg_logits=self.decoder(features.features),
+            affinity=self.affinity_head(features.queries, features.keys),
+            backbone=features,
+        )
+
+    def classify(self, features: BackboneOutput) -> Tensor:
+        """Logits of the image-level tags, [B, F]."""
+        pool = F.adaptive_max_pool2d if self.pooling == "max" else F.adaptive_avg_pool2d
+        return self.classifier(pool(features.features[-1], 1)).flatten(1)
+
+    def activate(self, features: BackboneOutput) -> Tensor:
+        """Class activation maps before rectification and normalisation, [B, F, h4, w4] (equation 3)."""
+        return F.conv2d(features.features[-1], self.classifier.weight)
+
+
+def build_model(config: ModelConfig, num_foreground: int) -> AFANet:
+    """AFANet with its first weights: from scratch, from timm, or from a published checkpoint.
+
+    Args:
+        config: what to build.
+        num_foreground: F, the number of classes without background.
+
+    Raises:
+        InputError: unknown backbone, or ``config.pretrained`` is not a usable checkpoint.
+    """
+    from afa_core.published import import_published
+
+    model = AFANet(config, num_foreground)
+    if config.pretrained not in (None, "timm"):
+        import_published(model, config.pretrained)
+    return model

@@ -1,0 +1,122 @@
+"""One training step: tensors in, tensors out.
+
+Source: AFA (CVPR 2022), figure 2 and section 4.1. The pseudo-labels come from the network as it is before the
+step. In the classification phase none are made; the other heads then take part with weight 0, so that every
+parameter has a gradient in every phase and data-parallel training needs no search for unused ones.
+
+Shapes: B images, F foreground classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from afa_core.affinity import label_to_affinity_label
+from afa_core.config import CamConfig, LossConfig, ParConfig
+from afa_core.data.transforms import denormalise_to_unit
+from afa_core.losses import Phase, affinity_loss, classification_loss, phase_at, segmentation_loss, total_loss
+from afa_core.model import AFANet, AFAOutput
+from afa_core.pseudo_label import PseudoLabel, make_pseudo_label
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss term is infinite or not a number; the message names the step and the term."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Input of a training step.
+
+    Attributes:
+        image: normalised crops [B, 3, H, W].
+        cls_label: [B, F] multi-hot.
+        boxes: [B, 4] valid region y0 y1 x0 x1 of each crop.
+    """
+
+    image: Tensor
+    cls_label: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of a step and what they were computed from.
+
+    Attributes:
+        loss: scalar to differentiate.
+        terms: unweighted scalars by name: ``cls``, and outside the classification phase ``seg`` and ``aff``.
+        phase: of this step.
+        output: of the forward pass.
+        pseudo_label: None in the classification phase.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    phase: Phase
+    output: AFAOutput
+    pseudo_label: PseudoLabel | None
+
+
+def training_step(
+    model: AFANet,
+    batch: Batch,
+    step: int,
+    cam_config: CamConfig,
+    par_config: ParConfig,
+    loss_config: LossConfig,
+    *,
+    forward: Callable[[Tensor], AFAOutput] | None = None,
+) -> StepResult:
+    """Losses of one batch at optimiser step ``step``, counted from 0.
+
+    Args:
+        model: the bare network, which makes the pseudo-labels.
+        batch: the crops.
+        step: decides the phase.
+        cam_config: scales and thresholds.
+        par_config: refinement.
+        loss_config: weights and phase lengths.
+        forward: the network wrapped for data parallelism, if it is; the differentiated pass goes through it.
+    """
+    phase = phase_at(step, loss_config)
+    pseudo_label = None
+    if phase is not Phase.CLASSIFICATION:
+        pseudo_label = make_pseudo_label(
+            model,
+            batch.image,
+            denormalise_to_unit(batch.image),
+            batch.cls_label,
+            batch.boxes,
+            cam_config,
+            par_config,
+            with_affinity=phase is Phase.REFINED_AFFINITY,
+        )
+    output = (forward or model)(batch.image)
+    terms = {"cls": classification_loss(output.class_logits, batch.cls_label)}
+    if pseudo_label is None:
+        loss = terms["cls"] + 0.0 * (output.seg_logits.sum() + output.affinity.sum())
+    else:
+        refined_cam, refined_affinity = pseudo_label.refined_cam, pseudo_label.refined_affinity
+        label = refined_cam.label if refined_affinity is None else refined_affinity.label
+        terms["seg"] = segmentation_loss(output.seg_logits, label)
+        affinity_label = label_to_affinity_label(
+            refined_cam.label, output.backbone.grid, cam_config.affinity_radius
+        )
+        terms["aff"], _, _ = affinity_loss(output.affinity, affinity_label)
+        loss = total_loss(terms, loss_config)
+    return StepResult(loss, terms, phase, output, pseudo_label)
+
+
+def check_finite(terms: dict[str, Tensor], step: int) -> None:
+    """Raise if a loss term cannot be learned from.
+
+    Raises:
+        NonFiniteLossError: naming the step and the terms.
+    """
+    bad = {name: float(value) for name, value in terms.items() if not value.isfinite()}
+    if bad:
+        listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
+        raise NonFiniteLossError(f"loss is not finite at step {step}: {listed}")

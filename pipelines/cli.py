@@ -1,0 +1,88 @@
+"""The ``afa`` command, and what every stage's own entry point shares.
+
+    afa STAGE ...              the same as  python -m pipelines.STAGE ...
+
+Exit status: 0 done, 1 failed, 2 a mistake of the user (one line on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], int]
+
+# Stage -> module, prefix of its two functions there, what it does. Modules are imported when their stage runs.
+STAGES: dict[str, tuple[str, str, str]] = {
+    "shards": ("pipelines.build_shards", "", "pack tagged pictures into a shard set"),
+    "train": ("pipelines.train", "", "train on a shard set"),
+    "evaluate": ("pipelines.evaluate", "", "score a model on shards with masks"),
+    "register": ("pipelines.promote", "register", "make a run's best checkpoint a version in the registry"),
+    "models": ("pipelines.promote", "models", "list registered models, aliases and scores"),
+    "label": ("pipelines.pseudo_label", "", "write masks for a folder of pictures or a shard set"),
+    "demo": ("pipelines.demo", "", "the whole job on built-in data, in a few minutes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``afa``."""
+    parser = argparse.ArgumentParser(
+        prog="afa", description="Image-level tags to segmentation masks.", epilog="afa STAGE --help tells more."
+    )
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for name, (module_name, prefix, summary) in STAGES.items():
+        stage = stages.add_parser(name, help=summary, description=summary)
+        if name in words[:1]:  # only the stage that runs pays for its imports
+            module = importlib.import_module(module_name)
+            getattr(module, f"add_{prefix}_arguments" if prefix else "add_arguments")(stage)
+            stage.set_defaults(run=getattr(module, f"run_{prefix}" if prefix else "run"))
+    arguments = parser.parse_args(words)
+    return guarded(arguments.run, arguments)
+
+
+def stage_main(add_arguments: AddArguments, run: Run, argv: Sequence[str] | None = None) -> int:
+    """Run one stage by itself, ``python -m pipelines.STAGE``."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return guarded(run, parser.parse_args(argv))
+
+
+def guarded(run: Run, arguments: argparse.Namespace) -> int:
+    """Run a stage; a mistake of the user becomes one line and status 2."""
+    from afa_core.errors import InputError
+    from infra.errors import ServiceError
+    from pipelines.errors import UsageError
+
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        for cause in causes(error):
+            if isinstance(cause, InputError | ServiceError | UsageError):
+                print(f"error: {cause}", file=sys.stderr)
+                return 2
+        raise
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from; Ray wraps what a worker raised in errors of its own."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, getattr(current, "cause", None)]
+        waiting += list(getattr(current, "worker_failures", {}).values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""One way to reach Ray: the cluster that the environment names, else a local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+
+def start_ray() -> None:
+    """Connect to ``RAY_ADDRESS`` (set inside a submitted job) or start Ray on this machine; once per process."""
+    if ray.is_initialized():
+        return
+    # Workers import this project from the driver's environment; their lines reach the terminal one by one.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = "RAY_ADDRESS" not in os.environ
+    options = {"include_dashboard": False} if local else {}
+    ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
