@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -175,7 +174,8 @@ class MixTransformer(nn.Module):
         self.channels = size.channels
         self.affinity_heads = HEADS[-1]
         # Stochastic depth grows linearly over all blocks of the network.
-        rates = iter(torch.linspace(0, drop_path_rate, sum(size.depths)).tolist())
+        blocks_in_all = sum(size.depths)
+        rates = iter(drop_path_rate * index / (blocks_in_all - 1) for index in range(blocks_in_all))
         stages = []
         for index, (channels, depth) in enumerate(zip(size.channels, size.depths, strict=True)):
             in_channels = 3 if index == 0 else size.channels[index - 1]

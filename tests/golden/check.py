@@ -27,7 +27,7 @@ from afa_core import par
 from afa_core.affinity import label_to_affinity_label, window_mask
 from afa_core.cam import cam_to_label, multi_scale_cam, valid_cam
 from afa_core.config import CamConfig, LossConfig, ModelConfig, ParConfig
-from afa_core.data.transforms import denormalise_to_unit, normalise_batch
+from afa_core.data.transforms import denormalise_to_unit, normalise
 from afa_core.losses import affinity_loss
 from afa_core.model import AFANet, build_model
 from afa_core.optim import parameter_groups
@@ -129,7 +129,7 @@ class Case:
 
     def _actual(self) -> Iterator[tuple[str, str, Tensor]]:
         """(name, kind of comparison, value) of everything, through the functions that training and labelling use."""
-        self.image = normalise_batch(torch.from_numpy(self.expected["image_uint8"]))
+        self.image = normalise(torch.from_numpy(self.expected["image_uint8"]))
         self.cls_label = torch.from_numpy(self.expected["labels"])
         self.boxes = torch.from_numpy(self.expected["boxes"])
         self.image_unit = denormalise_to_unit(self.image)

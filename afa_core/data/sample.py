@@ -1,0 +1,215 @@
+"""The sample contract: what a member of a shard, or a picture in a folder, may be and what becomes of it.
+
+    KEY.jpg|jpeg|png|webp|gif|bmp|tif|tiff     the picture
+    KEY.json                                   {"tags": [...], "width", "height", "source"}
+    KEY.cls                                    third parties: an integer index into the class list
+    KEY.seg.png                                indexed mask, 255 ignored; only evaluation looks at it
+
+Other members are left alone. Nothing read here is executed. A sample that cannot be used raises ``BadSample`` with a
+reason code that stays the same from version to version.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from afa_core.classes import palette
+
+Pixels = NDArray[np.uint8]
+
+PICTURE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SEG_MEMBER = "seg.png"
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_KEY = re.compile(r"[^./\\\x00-\x1f][^.\\\x00-\x1f]*")
+
+
+class BadSample(Exception):  # noqa: N818 - it is what it is
+    """A sample that cannot be used.
+
+    Attributes:
+        reason: stable code (``undecodable_image``, ``too_many_pixels``, ``no_image``, ``bad_json``, ``bad_key``,
+            ``bad_cls``, ``bad_seg``, ``size_mismatch``, ``no_tags``, ...).
+        detail: what exactly.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        return BadSample, (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample.
+
+    Attributes:
+        key: unique name without extension.
+        image: uint8 [H, W, 3], RGB, in display orientation.
+        tags: class names; None where the sample carries none.
+        seg_label: uint8 [H, W], 255 ignored; None unless asked for and there.
+        source: where the picture came from.
+    """
+
+    key: str
+    image: Pixels
+    tags: tuple[str, ...] | None
+    seg_label: Pixels | None = None
+    source: str = ""
+
+
+def check_key(key: str) -> str:
+    """The key, if it can safely become a file name: relative, no ``..``, no dot, no control characters.
+
+    Raises:
+        BadSample: ``bad_key``.
+    """
+    if not _KEY.fullmatch(key) or "//" in key or key.endswith("/") or len(key) > 512:
+        raise BadSample("bad_key", repr(key[:80]))
+    return key
+
+
+def decode_sample(
+    raw: Mapping[str, Any], classes: Sequence[str], max_megapixels: float, *, with_seg: bool = False
+) -> Sample:
+    """Sample from its members, ``{"__key__": ..., extension: bytes}``.
+
+    Args:
+        raw: the members by extension, as WebDataset names them.
+        classes: the class list, for ``.cls`` members.
+        max_megapixels: larger pictures are refused before they are decoded.
+        with_seg: also decode the mask.
+
+    Raises:
+        BadSample: with its reason.
+    """
+    key = check_key(str(raw["__key__"]))
+    member = next((name for name in PICTURE_MEMBERS if name in raw), None)
+    if member is None:
+        raise BadSample("no_image", f"{key} has none of .{', .'.join(PICTURE_MEMBERS)}")
+    image = decode_image(raw[member], max_megapixels)
+    facts = _decode_json(raw["json"]) if "json" in raw else {}
+    seg_label = None
+    if with_seg and SEG_MEMBER in raw:
+        seg_label = decode_seg_label(raw[SEG_MEMBER], max_megapixels)
+        if seg_label.shape != image.shape[:2]:
+            raise BadSample("size_mismatch", f"mask {seg_label.shape} beside picture {image.shape[:2]}")
+    return Sample(key, image, _tags(facts, raw, classes), seg_label, str(facts.get("source", "")))
+
+
+def decode_image(data: bytes, max_megapixels: float) -> Pixels:
+    """Encoded picture -> uint8 [H, W, 3]: first frame, EXIF orientation applied, any mode brought to RGB.
+
+    Raises:
+        BadSample: ``undecodable_image`` or ``too_many_pixels``.
+    """
+    picture = _open(data, max_megapixels, "undecodable_image")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+            return _wide_grey_to_rgb(picture)
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(
+                Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
+            )
+        return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("undecodable_image", str(error)) from error
+
+
+def decode_seg_label(data: bytes, max_megapixels: float = 100.0) -> Pixels:
+    """Indexed or grey PNG mask -> uint8 [H, W] label map.
+
+    Raises:
+        BadSample: ``bad_seg``.
+    """
+    picture = _open(data, max_megapixels, "bad_seg")
+    if picture.mode not in ("P", "L", "1"):
+        raise BadSample("bad_seg", f"mode {picture.mode}, must be indexed or 8-bit grey")
+    try:
+        return np.asarray(picture).astype(np.uint8)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("bad_seg", str(error)) from error
+
+
+def encode_mask(label: Pixels) -> bytes:
+    """Label map uint8 [H, W] -> PNG with the palette of ``classes.palette``."""
+    picture = Image.fromarray(label)
+    picture.putpalette(palette())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode_sample(
+    key: str, picture: bytes, extension: str, facts: Mapping[str, Any], seg_png: bytes | None = None
+) -> dict[str, Any]:
+    """Members to write: the picture's own bytes, its JSON, its mask.
+
+    Raises:
+        BadSample: ``bad_key``.
+    """
+    members: dict[str, Any] = {"__key__": check_key(key), extension: picture}
+    members["json"] = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+    return members if seg_png is None else members | {SEG_MEMBER: seg_png}
+
+
+def _open(data: bytes, max_megapixels: float, reason: str) -> Image.Image:
+    """Header of a picture; nothing is decoded yet, so a bomb costs nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels", str(error)) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise BadSample(reason, "empty" if not data else "not a picture of a known format") from error
+    if picture.width * picture.height > max_megapixels * 1e6:
+        raise BadSample("too_many_pixels", f"{picture.width} x {picture.height}, allowed {max_megapixels} megapixels")
+    return picture
+
+
+def _wide_grey_to_rgb(picture: Image.Image) -> Pixels:
+    """16- and 32-bit grey scaled to 8 bits; Pillow's own conversion clips instead."""
+    values = np.asarray(picture).astype(np.float64)
+    highest = 65535.0 if values.max(initial=0) <= 65535 else float(values.max())
+    grey = np.clip(values * (255 / highest), 0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _decode_json(data: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", str(error)) from error
+    if not isinstance(facts, dict):
+        raise BadSample("bad_json", "not an object")
+    return facts
+
+
+def _tags(facts: Mapping[str, Any], raw: Mapping[str, Any], classes: Sequence[str]) -> tuple[str, ...] | None:
+    if "tags" in facts:
+        tags = facts["tags"]
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise BadSample("bad_json", "tags must be a list of strings")
+        return tuple(tags)
+    if "cls" in raw:
+        try:
+            index = int(raw["cls"])
+        except ValueError as error:
+            raise BadSample("bad_cls", repr(raw["cls"][:20])) from error
+        if not 0 <= index < len(classes):
+            raise BadSample("bad_cls", f"{index}, but there are {len(classes)} classes")
+        return (classes[index],)
+    return None

@@ -1,0 +1,42 @@
+"""``afa evaluate``: score a model on a split with masks, every stage of the label side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from infra.registry import download, resolve
+from infra.tracking import tracking_uri
+from pipelines.cli import stage_main
+from pipelines.scoring import score_bundle
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``afa evaluate``."""
+    parser.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION or a bundle folder")
+    parser.add_argument("dataset", type=Path, help="shard set whose samples have masks")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    parser.add_argument("--tracking-uri", help="MLflow server (default: MLFLOW_TRACKING_URI, then runs/mlflow.db)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score; prints a line per score."""
+    with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
+        folder = Path(arguments.model)
+        if arguments.model.startswith("models:/"):
+            uri = tracking_uri(arguments.tracking_uri)
+            folder = download(uri, resolve(uri, arguments.model), Path(scratch))
+        scores = score_bundle(folder, arguments.dataset, arguments.split)
+    for name, value in scores.items():
+        print(f"{name:28s} {value:.4f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(scores, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(add_arguments, run))

@@ -1,0 +1,183 @@
+"""``afa train``: train AFA on a shard set with Ray Train.
+
+The driver checks the configuration and the shards, opens the MLflow run, starts the workers, and records what they
+leave behind. Exit status: 0 trained, 1 failed (the run says why), 2 a mistake in the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from afa_core.data.shards import DatasetIndex, dataset_digest, load_dataset_index, verify_shards
+from afa_core.errors import InputError
+from infra.tracking import RunLogger, open_run, tracking_uri
+from pipelines.cli import causes, stage_main
+from pipelines.config import ExperimentConfig, experiment_to_values, load_experiment
+from pipelines.errors import UsageError
+from pipelines.local_ray import start_ray
+from pipelines.training import WorkerSettings, train_worker
+
+RUN_FILE = "afa_run.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``afa train``."""
+    parser.add_argument("dataset", type=Path, help="shard set (folder with dataset.json)")
+    parser.add_argument("--config", help="YAML file, or the name of a shipped one (shapes_cpu, voc_mit_b1, ...)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override one value, e.g. optim.lr=1e-4; may be repeated")  # fmt: skip
+    parser.add_argument("--storage", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--run-name", help="default: the experiment's name and the time")
+    parser.add_argument("--resume", metavar="RUN_NAME", help="go on with a run that was interrupted")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; prints the run's id and scores."""
+    experiment = load_experiment(arguments.config, arguments.overrides)
+    dataset = arguments.dataset.absolute()
+    index = load_dataset_index(dataset)
+    check_dataset(index, experiment)
+    verify_shards(dataset, index, ["train", "val"])
+    start_ray()
+    storage = arguments.storage.absolute()
+    name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    logger = attach_or_open(storage / name, experiment, index, dataset, resume=arguments.resume is not None)
+    print(f"run {name}: MLflow run {logger.run_id} at {logger.safe_uri}", flush=True)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=WorkerSettings(experiment_to_values(experiment), str(dataset), logger.uri, logger.run_id),
+        scaling_config=scaling(experiment.train.workers),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(storage),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=experiment.train.keep_checkpoints,
+                checkpoint_score_attribute=experiment.train.best_metric,
+                checkpoint_score_order="max",
+            ),
+        ),
+    )
+    return finish(trainer, logger, experiment, index, dataset)
+
+
+def check_dataset(index: DatasetIndex, experiment: ExperimentConfig) -> None:
+    """What can be known to go wrong is said before any process starts.
+
+    Raises:
+        InputError: a split is missing, or there are fewer training shards than readers.
+    """
+    for split in ("train", "val"):
+        if split not in index.splits:
+            raise InputError(f"the shard set has no split {split!r}, only {', '.join(index.splits) or 'none'}")
+    readers = experiment.train.workers * max(1, experiment.data.loader_workers)
+    shards = len(index.splits["train"].shards)
+    if shards < readers:
+        raise InputError(
+            f"{shards} training shards for {readers} readers (train.workers x data.loader_workers): "
+            "write smaller shards (--samples-per-shard) or use fewer readers"
+        )
+
+
+def scaling(workers: int) -> ScalingConfig:
+    """GPUs where the cluster has enough of them, else its processors shared out evenly.
+
+    Raises:
+        UsageError: more workers than processors.
+    """
+    resources = ray.cluster_resources()
+    if resources.get("GPU", 0) >= workers:
+        return ScalingConfig(num_workers=workers, use_gpu=True)
+    processors = int(resources.get("CPU", 0))
+    if processors < workers:
+        raise UsageError(f"train.workers={workers}, but the cluster has {processors} processors")
+    return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": processors // workers})
+
+
+def attach_or_open(
+    folder: Path, experiment: ExperimentConfig, index: DatasetIndex, dataset: Path, *, resume: bool
+) -> RunLogger:
+    """The MLflow run of this training run: a new one, or that of the interrupted run.
+
+    Raises:
+        UsageError: the name is taken, or there is nothing to resume, or the configuration has changed.
+    """
+    uri = tracking_uri(experiment.tracking.uri)
+    record = folder / RUN_FILE
+    values = experiment_to_values(experiment)
+    if resume:
+        if not record.is_file():
+            raise UsageError(f"no interrupted run at {folder}: look for its name in {folder.parent}")
+        earlier = json.loads(record.read_text())
+        if earlier["experiment"] != values or earlier["dataset_digest"] != dataset_digest(index):
+            raise UsageError(f"run {folder.name} was started with another configuration or shard set: use the same")
+        return RunLogger.attach(uri, earlier["run_id"])
+    if folder.exists():
+        raise UsageError(f"there is a run at {folder} already: go on with --resume {folder.name} or name another")
+    logger = open_run(
+        uri,
+        experiment.tracking.experiment,
+        folder.name,
+        {**values, "dataset": str(dataset)},
+        {
+            "afa.dataset_digest": dataset_digest(index),
+            "afa.git_commit": git_commit(),
+            "afa.val_data": str(dataset),
+            "afa.val_shards": json.dumps([shard.sha256 for shard in index.splits["val"].shards]),
+            "afa.classes": json.dumps(index.classes),
+        },
+    )
+    folder.mkdir(parents=True)
+    record.write_text(
+        json.dumps({"run_id": logger.run_id, "experiment": values, "dataset_digest": dataset_digest(index)})
+    )
+    return logger
+
+
+def finish(
+    trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfig, index: DatasetIndex, dataset: Path
+) -> int:
+    """Wait for the workers and record the outcome in the run."""
+    try:
+        result = trainer.fit()
+    except BaseException as error:
+        reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
+        logger.set_tags({"afa.status": "failed", "afa.error": f"{type(reason).__name__}: {reason}"[:500]})
+        logger.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
+            raise
+        print(f"training failed: {type(reason).__name__}: {reason}", file=sys.stderr)
+        return 1
+    metric = experiment.train.best_metric
+    best, scores = max(result.best_checkpoints, key=lambda pair: pair[1].get(metric, float("-inf")))
+    scores = {name: value for name, value in scores.items() if isinstance(value, float)}
+    logger.log_metrics({f"best.{name}": value for name, value in scores.items()}, experiment.optim.total_steps)
+    logger.set_tags(
+        {"afa.status": "finished", "afa.best_checkpoint": best.path, "afa.best_score": str(scores.get(metric))}
+    )
+    logger.finish("FINISHED")
+    print(f"best checkpoint {best.path}")
+    print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    print(f"register it:  afa register {logger.run_id} --name NAME")
+    return 0
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, or "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(add_arguments, run))
