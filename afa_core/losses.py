@@ -50,9 +50,7 @@ def segmentation_loss(seg_logits: Tensor, label: Tensor) -> Tensor:
         seg_logits: [B, C, h, w], resized to the label.
         label: [B, H, W] int64, 255 ignored. A side without pixels contributes 0.
     """
-    entropy = F.cross_entropy(
-        resize(seg_logits, label.shape[1:]), label, ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    entropy = F.cross_entropy(resize(seg_logits, label.shape[1:]), label, ignore_index=IGNORE_INDEX, reduction="none")
     background = label == BACKGROUND
     foreground = ~background & (label != IGNORE_INDEX)
     terms = [(entropy * side).sum() / side.sum().clamp(min=1) for side in (background, foreground)]

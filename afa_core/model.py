@@ -82,9 +82,7 @@ class AFANet(nn.Module):
         channels = self.backbone.channels
         self.classifier = nn.Conv2d(channels[-1], num_foreground, 1, bias=False)
         self.affinity_head = AffinityHead(self.backbone.affinity_heads)
-        self.decoder = SegFormerDecoder(
-            channels, config.decoder_channels, num_foreground + 1, config.decoder_dropout
-        )
+        self.decoder = SegFormerDecoder(channels, config.decoder_channels, num_foreground + 1, config.decoder_dropout)
 
     def forward(self, image: Tensor) -> AFAOutput:
         """Normalised image [B, 3, H, W] -> all heads."""

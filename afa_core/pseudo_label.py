@@ -103,9 +103,7 @@ def refine_cam(
     size = image_unit.shape[2:]
     small = _shrunk(size, config)
     picture, probability = resize(image_unit, small), resize(cam, small)
-    low, high = (
-        softmax_over_valid(probability, cls_label, score) for score in background_scores
-    )
+    low, high = (softmax_over_valid(probability, cls_label, score) for score in background_scores)
     low, high = (resize(maps, size) for maps in _refine_valid(picture, [low, high], cls_label, config))
     return _to_refined_maps(low, high, boxes)
 
@@ -121,9 +119,7 @@ def refine_affinity(
 ) -> RefinedMaps:
     """Refined maps of the propagated CAM: PAR on the shrunken valid region of each crop."""
     size = image_unit.shape[2:]
-    runs = [
-        resize(propagate_cam(cam, cls_label, score, cam_config), size) for score in background_scores
-    ]
+    runs = [resize(propagate_cam(cam, cls_label, score, cam_config), size) for score in background_scores]
     refined = [torch.zeros_like(run) for run in runs]
     for index, (y0, y1, x0, x1) in enumerate(boxes.tolist()):
         part = (slice(index, index + 1), slice(None), slice(y0, y1), slice(x0, x1))

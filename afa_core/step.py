@@ -102,9 +102,7 @@ def training_step(
         refined_cam, refined_affinity = pseudo_label.refined_cam, pseudo_label.refined_affinity
         label = refined_cam.label if refined_affinity is None else refined_affinity.label
         terms["seg"] = segmentation_loss(output.seg_logits, label)
-        affinity_label = label_to_affinity_label(
-            refined_cam.label, output.backbone.grid, cam_config.affinity_radius
-        )
+        affinity_label = label_to_affinity_label(refined_cam.label, output.backbone.grid, cam_config.affinity_radius)
         terms["aff"], _, _ = affinity_loss(output.affinity, affinity_label)
         loss = total_loss(terms, loss_config)
     return StepResult(loss, terms, phase, output, pseudo_label)

@@ -8,7 +8,6 @@ The truth of the unlabelled pictures is kept aside until the end.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +30,15 @@ from afa_core.data.sample import Sample, decode_seg_label
 from afa_core.data.shapes import draw
 from afa_core.metrics import ConfusionMatrix
 from infra.registry import download, resolve
-from infra.tracking import find_run, tracking_uri
-from pipelines.cli import stage_main
+from infra.tracking import tracking_uri
 from pipelines.errors import UsageError
 from pipelines.local_ray import start_ray
-from pipelines.page import Card, data_uri, render_page
-from pipelines.pictures import label_tile, overlay_tile
+from pipelines.page import Card, render_page
+from pipelines.pictures import overlay_tile, png_bytes
 from pipelines.scoring import Scores, score_samples
 
 MODEL = "afa-shapes"
+PAGE_PICTURES = 48
 UNLABELLED_SEED = 1_000_003  # far from the seed of the shard set
 
 
@@ -97,7 +95,11 @@ class Demo:
             UsageError: the folder holds something that is not a demo.
         """
         if self.folder.exists():
-            if any(self.folder.iterdir()) and not self.path("summary.json").is_file() and not self.path("runs").is_dir():
+            if (
+                any(self.folder.iterdir())
+                and not self.path("summary.json").is_file()
+                and not self.path("runs").is_dir()
+            ):
                 raise UsageError(f"{self.folder} holds something else: use another --output")
             shutil.rmtree(self.folder)
         for name in ("pictures", "truth"):
@@ -165,7 +167,24 @@ class Demo:
 
     def page(self, labelled: dict[str, tuple[NDArray[np.uint8], dict[str, Any]]], scores: dict[str, float]) -> str:
         """The page: table, stage times, and a card for each of the first pictures."""
-        return ""
+        cards = []
+        for key, (label, facts) in list(labelled.items())[:PAGE_PICTURES]:
+            image = np.asarray(Image.open(self.path("pictures", f"{key}.png")).convert("RGB"))
+            truth = np.asarray(Image.open(self.path("truth", f"{key}.png")))
+            tiles = {"picture": image, "label": overlay_tile(image, label), "truth": overlay_tile(image, truth)}
+            pictures = {name: png_bytes(Image.fromarray(tile)) for name, tile in tiles.items()}
+            caption = f"{key}: {', '.join(facts['tags']) or 'nothing found'}; disagreement {facts['disagreement']:.2f}"
+            cards.append(Card(caption, pictures))
+        return render_page(
+            "AFA on the built-in shapes",
+            "Pictures without tags, labelled by the registered model; the truth was held back. "
+            "Each card: picture, label, truth.",
+            {
+                "mIoU against the truth": {name: f"{value:.3f}" for name, value in scores.items()},
+                "Seconds": {name: f"{value:.0f}" for name, value in self.seconds.items()},
+            },
+            cards,
+        )
 
 
 def read_label_set(folder: Path) -> dict[str, tuple[NDArray[np.uint8], dict[str, Any]]]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
-from afa_core.data.sample import BadSample, Sample, decode_sample
+from afa_core.data.sample import BadSample, Sample, decode_sample, path_to_key
 from afa_core.data.shards import BadShard, iterate_shard
 from afa_core.errors import InputError
 
@@ -100,7 +100,7 @@ def _keyed(paths: list[Path], root: Path) -> Iterator[tuple[str, str]]:
     taken: set[str] = set()
     for path in paths:
         relative = path.relative_to(root)
-        key = relative.with_suffix("").as_posix().replace(".", "_")
+        key = path_to_key(relative)
         if key in taken:
             key = relative.as_posix().replace(".", "_")
         while key in taken:

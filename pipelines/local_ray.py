@@ -14,7 +14,8 @@ def start_ray() -> None:
         return
     # Workers import this project from the driver's environment; their lines reach the terminal one by one.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    local = "RAY_ADDRESS" not in os.environ
-    options = {"include_dashboard": False} if local else {}
-    ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+    ray.init(
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+        include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
+    )

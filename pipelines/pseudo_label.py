@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import ray
 import ray.data
 import torch
 
-from afa_core.checkpoint import Bundle, bundle_digest, load_bundle
+from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
 from afa_core.data.sample import encode_mask
 from afa_core.labelling import PictureLabel, label_pictures
@@ -160,7 +159,9 @@ def open_label_set(output: Path, source: Path, job: LabelJob, unit_size: int) ->
         earlier = json.loads(path.read_text())
         changed = [key for key in record if key != "model" and earlier.get(key) != record[key]]
         if changed:
-            raise UsageError(f"{output} holds labels of another job ({', '.join(changed)} differ): use another --output")
+            raise UsageError(
+                f"{output} holds labels of another job ({', '.join(changed)} differ): use another --output"
+            )
         return
     if output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty and holds no label set: use another --output")

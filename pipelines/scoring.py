@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from afa_core.cam import cam_to_label, evaluation_mode, resize
 from afa_core.checkpoint import load_bundle
+from afa_core.classes import tags_to_cls_label
 from afa_core.config import CamConfig, ParConfig
 from afa_core.data.sample import Sample
-from afa_core.data.shards import iterate_samples, load_dataset_index, shard_paths
+from afa_core.data.shards import DatasetIndex, iterate_samples, load_dataset_index, shard_paths
 from afa_core.data.transforms import denormalise_to_unit, normalise
-from afa_core.classes import tags_to_cls_label
 from afa_core.errors import InputError
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
@@ -93,6 +94,15 @@ def score_samples(
         yield _score_batch(model, batch, classes, cam_config, par_config, scores)
 
 
+def evaluation_samples(
+    dataset: str | Path, index: DatasetIndex, *, rank: int, world_size: int, limit: int | None
+) -> Iterator[Sample]:
+    """The share of one rank of the validation samples: every ``world_size``-th of the first ``limit``."""
+    paths = shard_paths(dataset, index, "val")
+    samples = iterate_samples(paths, index.classes, with_seg=True)
+    return islice(samples, rank, limit, world_size)
+
+
 def score_bundle(bundle_dir: Path, dataset_dir: Path, split: str = "val") -> dict[str, float]:
     """Scores of a saved model on a split with masks.
 
@@ -107,9 +117,7 @@ def score_bundle(bundle_dir: Path, dataset_dir: Path, split: str = "val") -> dic
     scores = Scores(len(bundle.classes))
     count = sum(
         len(batch.image)
-        for batch in score_samples(
-            bundle.model, samples, bundle.classes, bundle.cam_config, bundle.par_config, scores
-        )
+        for batch in score_samples(bundle.model, samples, bundle.classes, bundle.cam_config, bundle.par_config, scores)
     )
     if not count:
         raise InputError(f"split {split!r} of {dataset_dir} has no picture with a mask (.seg.png)")

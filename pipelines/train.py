@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from ray.train import CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from afa_core.data.shards import DatasetIndex, dataset_digest, load_dataset_index, verify_shards
+from afa_core.data.stream import check_enough_shards
 from afa_core.errors import InputError
-from infra.tracking import RunLogger, open_run, tracking_uri
+from infra.tracking import RunLogger, open_run, safe_uri, tracking_uri
 from pipelines.cli import causes, stage_main
 from pipelines.config import ExperimentConfig, experiment_to_values, load_experiment
 from pipelines.errors import UsageError
@@ -52,10 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     storage = arguments.storage.absolute()
     name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     logger = attach_or_open(storage / name, experiment, index, dataset, resume=arguments.resume is not None)
-    print(f"run {name}: MLflow run {logger.run_id} at {logger.safe_uri}", flush=True)
+    print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=WorkerSettings(experiment_to_values(experiment), str(dataset), logger.uri, logger.run_id),
+        train_loop_config=asdict(
+            WorkerSettings(experiment_to_values(experiment), str(dataset), logger.uri, logger.run_id)
+        ),
         scaling_config=scaling(experiment.train.workers),
         run_config=RunConfig(
             name=name,
@@ -80,12 +84,7 @@ def check_dataset(index: DatasetIndex, experiment: ExperimentConfig) -> None:
         if split not in index.splits:
             raise InputError(f"the shard set has no split {split!r}, only {', '.join(index.splits) or 'none'}")
     readers = experiment.train.workers * max(1, experiment.data.loader_workers)
-    shards = len(index.splits["train"].shards)
-    if shards < readers:
-        raise InputError(
-            f"{shards} training shards for {readers} readers (train.workers x data.loader_workers): "
-            "write smaller shards (--samples-per-shard) or use fewer readers"
-        )
+    check_enough_shards(len(index.splits["train"].shards), readers)
 
 
 def scaling(workers: int) -> ScalingConfig:
@@ -158,7 +157,7 @@ def finish(
         print(f"training failed: {type(reason).__name__}: {reason}", file=sys.stderr)
         return 1
     metric = experiment.train.best_metric
-    best, scores = max(result.best_checkpoints, key=lambda pair: pair[1].get(metric, float("-inf")))
+    best, scores = max(result.best_checkpoints or [], key=lambda pair: pair[1].get(metric, float("-inf")))
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
     logger.log_metrics({f"best.{name}": value for name, value in scores.items()}, experiment.optim.total_steps)
     logger.set_tags(

@@ -28,7 +28,8 @@ from afa_core.checkpoint import (
     save_training_state,
     set_random_state,
 )
-from afa_core.data.shards import SampleStream, load_dataset_index
+from afa_core.data.shards import load_dataset_index
+from afa_core.data.stream import SampleStream
 from afa_core.data.transforms import TrainTransform, collate
 from afa_core.model import build_model
 from afa_core.optim import apply_schedule, build_optimizer
@@ -52,8 +53,9 @@ class WorkerSettings:
     run_id: str
 
 
-def train_worker(settings: WorkerSettings) -> None:
-    """Entry point of one worker, called by Ray Train."""
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of one worker, called by Ray Train with the fields of ``WorkerSettings``."""
+    settings = WorkerSettings(**config)
     worker = Worker(settings, experiment_from_values(settings.experiment, "the job's configuration"))
     worker.run()
 
@@ -139,7 +141,7 @@ class Worker:
         self._say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items()))
         self._log({f"val.{name}": value for name, value in summary.items()})
         if self.logger and rows:
-            self.logger.log_image(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
+            self.logger.log_picture(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
         return summary
 
     def _batches(self) -> Iterator[Batch]:

@@ -66,8 +66,7 @@ class PyramidBackbone(nn.Module):
         with _recorded_calls(self._attentions) as calls:
             one, two, three, four = self.network.forward_intermediates(image, intermediates_only=True)
         (query_a, key_a), (query_b, key_b) = (
-            self._project(attention, tokens)
-            for attention, (tokens, _) in zip(self._attentions, calls, strict=True)
+            self._project(attention, tokens) for attention, (tokens, _) in zip(self._attentions, calls, strict=True)
         )
         return BackboneOutput((one, two, three, four), (query_a, query_b), (key_a, key_b))
 

@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KEY = re.compile(r"[^./\\\x00-\x1f][^.\\\x00-\x1f]*")
 
 
-class BadSample(Exception):  # noqa: N818 - it is what it is
+class BadSample(Exception):
     """A sample that cannot be used.
 
     Attributes:
@@ -80,6 +81,11 @@ def check_key(key: str) -> str:
     return key
 
 
+def path_to_key(relative: PurePath) -> str:
+    """Key of a picture in a folder: its relative path without extension; a key ends at its first dot."""
+    return relative.with_suffix("").as_posix().replace(".", "_")
+
+
 def decode_sample(
     raw: Mapping[str, Any], classes: Sequence[str], max_megapixels: float, *, with_seg: bool = False
 ) -> Sample:
@@ -120,9 +126,7 @@ def decode_image(data: bytes, max_megapixels: float) -> Pixels:
         if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
             return _wide_grey_to_rgb(picture)
         if picture.has_transparency_data:
-            picture = Image.alpha_composite(
-                Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
-            )
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample("undecodable_image", str(error)) from error

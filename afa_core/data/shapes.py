@@ -110,9 +110,7 @@ def draw(seed: int, index: int, size_px: int = 96) -> ShapesPicture:
     return ShapesPicture(np.clip(image, 0, 255).astype(np.uint8), label, tags)
 
 
-def _background(
-    rng: np.random.Generator, rows: Field, columns: Field, size_px: int, colour: Field
-) -> Field:
+def _background(rng: np.random.Generator, rows: Field, columns: Field, size_px: int, colour: Field) -> Field:
     """A slope of colour under soft blobs and thin lines that belong to no class."""
     slope = (rows * rng.uniform(-1, 1) + columns * rng.uniform(-1, 1)) / size_px
     image = colour + 25 * slope[..., None] * rng.uniform(-1, 1, 3)

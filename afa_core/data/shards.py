@@ -30,7 +30,7 @@ INDEX = "dataset.json"
 MAX_MEMBER_BYTES = 256 * 2**20
 
 
-class BadShard(Exception):  # noqa: N818 - it is what it is
+class BadShard(Exception):
     """A tar that cannot be read to its end."""
 
 
@@ -171,9 +171,7 @@ class ShardWriter:
         """Finish the tar; its index entry."""
         self._tar.close()
         self._stream.close()
-        entry = ShardEntry(
-            self.path.name, self.samples, self._partial.stat().st_size, file_sha256(self._partial)
-        )
+        entry = ShardEntry(self.path.name, self.samples, self._partial.stat().st_size, file_sha256(self._partial))
         self._partial.replace(self.path)
         return entry
 

@@ -28,9 +28,7 @@ BUDGET_FROM_SAMPLES = 100
 Transform = Callable[[Sample, np.random.Generator], TrainItem]
 
 
-def assign_shards(
-    shards: Sequence[Path], seed: int, epoch: int, *, reader: int, readers: int
-) -> list[Path]:
+def assign_shards(shards: Sequence[Path], seed: int, epoch: int, *, reader: int, readers: int) -> list[Path]:
     """The shards of one reader in one epoch: all are permuted, then every ``readers``-th is its own."""
     order = np.random.default_rng([seed, epoch]).permutation(len(shards))
     return [shards[index] for index in order[reader::readers]]
@@ -129,9 +127,7 @@ def check_enough_shards(shards: int, readers: int) -> None:
         )
 
 
-def shuffled(
-    items: Iterator[dict[str, Any]], buffer: int, rng: np.random.Generator
-) -> Iterator[dict[str, Any]]:
+def shuffled(items: Iterator[dict[str, Any]], buffer: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Items in random order, each drawn from a window of ``buffer``."""
     held: list[dict[str, Any]] = []
     for item in items:

@@ -31,7 +31,7 @@ from afa_core.data.transforms import denormalise_to_unit, normalise
 from afa_core.losses import affinity_loss
 from afa_core.model import AFANet, build_model
 from afa_core.optim import parameter_groups
-from afa_core.pseudo_label import make_pseudo_label, propagate_cam, refine_affinity, refine_cam
+from afa_core.pseudo_label import make_pseudo_label, propagate_cam
 from afa_core.published import import_published
 from afa_core.segmentation import multi_scale_segmentation
 from afa_core.step import Batch, training_step
@@ -99,8 +99,7 @@ class Case:
         if not names.is_file():
             raise SystemExit(f"no {names.name} beside the case: it lists the names and shapes of the weights")
         weights = {
-            name: torch.from_numpy(np.array(value))
-            for name, value in reference_weights.state_dict(names).items()
+            name: torch.from_numpy(np.array(value)) for name, value in reference_weights.state_dict(names).items()
         }
         config = ModelConfig(
             backbone=arch, pooling=pooling, decoder_channels=weights["decoder.linear_pred.weight"].shape[1]
@@ -177,9 +176,7 @@ class Case:
         yield "refined_affinity_label", "labels", made.refined_affinity.label
         yield "refined_cam_label", "labels", made.refined_cam.label
         yield "radius_mask", "exact", window_mask(self.grid, self.cam_config.affinity_radius)
-        affinity_label = label_to_affinity_label(
-            made.refined_cam.label, self.grid, self.cam_config.affinity_radius
-        )
+        affinity_label = label_to_affinity_label(made.refined_cam.label, self.grid, self.cam_config.affinity_radius)
         yield "affinity_label", "labels", affinity_label
         par_input = torch.from_numpy(self.expected["par_input"])
         yield "par_output", "absolute", par.refine(self.image_unit, par_input, self.par_config)
