@@ -50,7 +50,7 @@ class ConfusionMatrix:
 
     def pixel_accuracy(self) -> float:
         """Share of the pixels of known truth that are right."""
-        return float(self.counts.diagonal().sum() / self.counts.sum())
+        return float(self.counts.diagonal().double().sum() / self.counts.sum())
 
     def mean_accuracy(self) -> float:
         """Mean over the classes that occur in the truth of their share of right pixels."""

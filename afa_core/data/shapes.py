@@ -1,9 +1,10 @@
 """The built-in data: procedurally drawn pictures with exact masks, the same for the same seed everywhere.
 
-Five classes that differ in outline *and* texture: plain discs, chequered squares, striped triangles, dotted stars,
-spoked rings. One to three of them lie, partly over each other, on a coloured, cluttered, noisy background. Colours say
-nothing about the class. Each texture is strong on one side of its object and fades towards the other, so that what
-tells a class apart covers only part of it: a class activation map finds that part, and the rest is for refinement.
+Five classes that differ in outline *and* texture: ringed discs, chequered squares, striped triangles, dotted stars,
+spoked rings. One to three of them lie, partly over each other, on a coloured, cluttered, noisy background. A texture
+has its class's accent colour, the object under it a greyish one of its own. The texture is strong on one side and fades
+towards the other, so that what tells a class apart covers only part of it: a class activation map finds that part, and
+the rest is for refinement.
 
 Coordinates of an object: u, v in about -1..1, rotated and scaled; r, t the polar form.
 """
@@ -22,7 +23,7 @@ Field = NDArray[np.float64]
 
 SMALLEST_VISIBLE_SHARE = 0.25  # of an object; one that is covered further is no tag and becomes background
 NOISE = 7.0
-TEXTURE_STRENGTH = 85.0
+TEXTURE_STRENGTH = 0.9  # how far the accent covers the object's own colour
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,20 @@ _OUTLINES: tuple[Callable[[Field, Field], NDArray[np.bool_]], ...] = (
 _TEXTURES: tuple[Callable[[Field, Field], Field], ...] = (
     _texture_disc, _texture_square, _texture_triangle, _texture_star, _texture_ring,
 )  # fmt: skip
+# Colours of the textures.
+_ACCENTS = np.array([[235, 40, 40], [40, 60, 235], [30, 220, 60], [240, 235, 50], [235, 50, 230]], dtype=np.float64)
 
 
 def draw(seed: int, index: int, size_px: int = 96) -> ShapesPicture:
     """Picture ``index`` of the data set ``seed``, ``size_px`` wide and high."""
     rng = np.random.default_rng([seed, index])
     rows, columns = np.mgrid[0:size_px, 0:size_px].astype(np.float64)
-    background = rng.uniform(40, 215, 3)
+    background = _dull_colour(rng)
     image = _background(rng, rows, columns, size_px, background)
     label = np.zeros((size_px, size_px), np.uint8)
     for _ in range(int(rng.integers(1, 4))):
         kind = int(rng.integers(len(SHAPES)))
-        radius = rng.uniform(0.17, 0.28) * size_px
+        radius = rng.uniform(0.2, 0.32) * size_px
         top, left = rng.uniform(radius * 0.8, size_px - radius * 0.8, 2)
         angle = rng.uniform(0, 2 * np.pi)
         y, x = (rows - top) / radius, (columns - left) / radius
@@ -100,8 +103,8 @@ def draw(seed: int, index: int, size_px: int = 96) -> ShapesPicture:
         inside = _OUTLINES[kind](u, v)
         colour = _colour_apart_from(background, rng)
         # The texture fades from one side of the object to the other.
-        strength = TEXTURE_STRENGTH / (1 + np.exp(4.5 * (u + 0.15)))
-        painted = colour + (strength * _TEXTURES[kind](u, v))[..., None]
+        strength = TEXTURE_STRENGTH / (1 + np.exp(4.5 * (u + 0.15))) * (0.5 + 0.5 * _TEXTURES[kind](u, v))
+        painted = colour + strength[..., None] * (_ACCENTS[kind] - colour)
         if not _covers_too_much(label, inside):
             image[inside], label[inside] = painted[inside], kind + 1
     image += rng.normal(0, NOISE, image.shape)
@@ -118,19 +121,25 @@ def _background(rng: np.random.Generator, rows: Field, columns: Field, size_px: 
         top, left = rng.uniform(0, size_px, 2)
         spread = rng.uniform(0.05, 0.15) * size_px
         blob = np.exp(-((rows - top) ** 2 + (columns - left) ** 2) / (2 * spread**2))
-        image += blob[..., None] * rng.uniform(-45, 45, 3)
+        image += blob[..., None] * rng.uniform(-35, 35, 3)
     for _ in range(int(rng.integers(1, 5))):
         angle, offset = rng.uniform(0, np.pi), rng.uniform(0, size_px)
         distance = abs(rows * np.cos(angle) + columns * np.sin(angle) - offset)
-        image[distance < 0.8] += rng.uniform(-70, 70, 3)
+        image[distance < 0.8] += rng.uniform(-60, 60)
     return image
 
 
+def _dull_colour(rng: np.random.Generator) -> Field:
+    """A greyish colour."""
+    colour: Field = rng.uniform(50, 205) + rng.uniform(-40, 40, 3)
+    return colour
+
+
 def _colour_apart_from(other: Field, rng: np.random.Generator) -> Field:
-    """A random colour that can be told from another one."""
+    """A greyish colour that can be told from another one."""
     while True:
-        colour: Field = rng.uniform(30, 225, 3)
-        if abs(colour - other).max() > 70:
+        colour = _dull_colour(rng)
+        if abs(colour - other).max() > 60:
             return colour
 
 
