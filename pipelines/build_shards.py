@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.data
 from PIL import Image
 
@@ -225,16 +228,18 @@ def plan_shards(
 
 def write_shards(plans: Sequence[ShardPlan]) -> Iterator[tuple[ShardPlan, ShardResult]]:
     """Write all tars on Ray, yielding each with its result as it is done."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows: list[dict[str, Any]] = [{"plan": plan} for plan in plans]
-    # A row is a plan and a task is a row: what comes back is small.
-    results = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(_write_row)
+    shared = ray.put(list(plans))
+    rows = [{"index": index} for index in range(len(plans))]
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(partial(_write_row, shared=shared))
     for row in results.iter_rows():
-        yield plans[0].__class__(**row["plan"]) if isinstance(row["plan"], dict) else row["plan"], row["result"]
+        values = json.loads(row["result"])
+        problems = [Problem(**problem) for problem in values["problems"]]
+        yield plans[row["index"]], ShardResult(ShardEntry(**values["entry"]), values["class_images"], problems)
 
 
-def _write_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {"plan": row["plan"], "result": write_shard(row["plan"])}
+def _write_row(row: dict[str, Any], shared: Any) -> dict[str, Any]:
+    result = write_shard(ray.get(shared)[row["index"]])
+    return {"index": row["index"], "result": json.dumps(dataclasses.asdict(result))}
 
 
 def write_shard(plan: ShardPlan) -> ShardResult:

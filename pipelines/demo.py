@@ -40,13 +40,14 @@ from pipelines.scoring import Scores, score_samples
 MODEL = "afa-shapes"
 PAGE_PICTURES = 48
 UNLABELLED_SEED = 1_000_003  # far from the seed of the shard set
+SIZE_PX = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa demo``."""
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
     parser.add_argument("--pictures", type=int, default=96, help="unlabelled pictures to label (default: 96)")
-    parser.add_argument("--train-pictures", type=int, default=1600)
+    parser.add_argument("--train-pictures", type=int, default=3000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override a value of the configuration shapes_cpu")  # fmt: skip
 
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     demo.stage(
         "shards", "pipelines.build_shards", "shapes", demo.path("shards"),
-        "--train", arguments.train_pictures, "--val", 128, "--samples-per-shard", 200,
+        "--train", arguments.train_pictures, "--val", 128, "--size-px", SIZE_PX, "--samples-per-shard", 250,
     )  # fmt: skip
     overrides = [word for override in arguments.overrides for word in ("--set", override)]
     demo.stage(
@@ -105,7 +106,7 @@ class Demo:
         for name in ("pictures", "truth"):
             self.path(name).mkdir(parents=True)
         for index in range(self.pictures):
-            drawn = draw(UNLABELLED_SEED, index)
+            drawn = draw(UNLABELLED_SEED, index, SIZE_PX)
             Image.fromarray(drawn.image).save(self.path("pictures", f"{index:04d}.png"))
             Image.fromarray(drawn.label).save(self.path("truth", f"{index:04d}.png"))
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{self.path('runs', 'mlflow.db')}"

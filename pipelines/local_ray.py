@@ -6,6 +6,7 @@ import logging
 import os
 
 import ray
+import ray.data
 
 
 def start_ray() -> None:
@@ -19,3 +20,6 @@ def start_ray() -> None:
         log_to_driver=True,
         include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
     )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the stages print lines of their own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

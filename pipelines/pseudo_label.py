@@ -174,8 +174,6 @@ def run_units(units: list[Unit], job: LabelJob, workers: int | None) -> Iterator
     gpus = int(ray.cluster_resources().get("GPU", 0))
     processors = int(ray.cluster_resources().get("CPU", 1))
     size = min(workers or gpus or processors, len(units))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     rows = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in units]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Labeller,

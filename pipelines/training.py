@@ -159,7 +159,7 @@ class Worker:
         )
         loader = DataLoader(stream, train.batch_size, num_workers=data.loader_workers, collate_fn=collate)
         for item in loader:
-            yield Batch(item.image.to(self.device), item.cls_label.to(self.device), item.boxes)
+            yield Batch(item.image.to(self.device), item.cls_label.to(self.device), item.box)
 
     def _wrap(self) -> nn.Module:
         """The network on its device, wrapped for data parallelism where there are several workers."""

@@ -40,6 +40,8 @@ class MitSize:
 
 
 SIZES = {
+    # Not published: small enough to learn from scratch on two cores, for the demo and the tests.
+    "mit_tiny": MitSize((32, 64, 80, 128), (1, 1, 2, 2)),
     "mit_b0": MitSize((32, 64, 160, 256), (2, 2, 2, 2)),
     "mit_b1": MitSize((64, 128, 320, 512), (2, 2, 2, 2)),
     "mit_b2": MitSize((64, 128, 320, 512), (3, 4, 6, 3)),

@@ -21,9 +21,9 @@ from afa_core.classes import BACKGROUND, SHAPES
 
 Field = NDArray[np.float64]
 
-SMALLEST_VISIBLE_SHARE = 0.25  # of an object; one that is covered further is no tag and becomes background
+SMALLEST_VISIBLE_SHARE = 0.45  # of an object; one that is covered further is no tag and becomes background
 NOISE = 7.0
-TEXTURE_STRENGTH = 0.9  # how far the accent covers the object's own colour
+TEXTURE_STRENGTH = 0.95  # how far the accent covers the object's own colour
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _texture_triangle(u: Field, v: Field) -> Field:
 
 
 def _texture_star(u: Field, v: Field) -> Field:
-    return np.where(np.cos(13 * u) * np.cos(13 * v) > 0.45, 1.0, -0.35)
+    return np.where(np.cos(13 * u) * np.cos(13 * v) > 0.1, 1.0, -1.0)
 
 
 def _texture_ring(u: Field, v: Field) -> Field:
@@ -96,14 +96,14 @@ def draw(seed: int, index: int, size_px: int = 96) -> ShapesPicture:
     for _ in range(int(rng.integers(1, 4))):
         kind = int(rng.integers(len(SHAPES)))
         radius = rng.uniform(0.2, 0.32) * size_px
-        top, left = rng.uniform(radius * 0.8, size_px - radius * 0.8, 2)
+        top, left = rng.uniform(radius * 0.9, size_px - radius * 0.9, 2)
         angle = rng.uniform(0, 2 * np.pi)
         y, x = (rows - top) / radius, (columns - left) / radius
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         inside = _OUTLINES[kind](u, v)
         colour = _colour_apart_from(background, rng)
         # The texture fades from one side of the object to the other.
-        strength = TEXTURE_STRENGTH / (1 + np.exp(4.5 * (u + 0.15))) * (0.5 + 0.5 * _TEXTURES[kind](u, v))
+        strength = TEXTURE_STRENGTH / (1 + np.exp(4 * (u - 0.1))) * (0.5 + 0.5 * _TEXTURES[kind](u, v))
         painted = colour + strength[..., None] * (_ACCENTS[kind] - colour)
         if not _covers_too_much(label, inside):
             image[inside], label[inside] = painted[inside], kind + 1

@@ -1,0 +1,277 @@
+"""The main job through the ``afa`` command, on a real local Ray and MLflow, and its outputs through other readers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from mlflow import MlflowClient
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from afa_core.checkpoint import load_bundle
+from afa_core.data.shapes import draw
+from afa_core.data.shards import iterate_samples, load_dataset_index, shard_paths
+from afa_core.labelling import label_pictures
+from pipelines.scoring import score_bundle
+
+pytestmark = pytest.mark.usefixtures("local_ray", "tracking")
+
+SHORT = [
+    "optim.total_steps=6", "optim.warmup_steps=0", "loss.classification_steps=2", "loss.affinity_label_step=4",
+    "data.crop_px=64", "train.batch_size=2", "train.eval_every=3", "train.eval_samples=4", "train.log_every=2",
+    "par.dilations=[1,2]", "par.iterations=2",
+]  # fmt: skip
+
+
+def afa(*words: object, status: int = 0) -> str:
+    """Run ``afa`` as its user would; what it printed."""
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert answer.returncode == status, answer.stdout[-3000:] + answer.stderr[-5000:]
+    return answer.stdout + answer.stderr
+
+
+def overrides(*extra: str) -> list[str]:
+    return [word for value in (*SHORT, *extra) for word in ("--set", value)]
+
+
+@pytest.fixture(scope="session")
+def shards(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "set"
+    afa("shards", "shapes", folder, "--train", 24, "--val", 8, "--size-px", 64, "--samples-per-shard", 6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(shards: Path, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the finished two-worker run "one"."""
+    folder = tmp_path_factory.mktemp("runs")
+    printed = afa("train", shards, "--config", "shapes_cpu", "--storage", folder, "--run-name", "one", *overrides())
+    assert "step 2/6" in printed
+    assert "ETA" in printed
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_id(runs: Path) -> str:
+    return str(json.loads((runs / "one" / "afa_run.json").read_text())["run_id"])
+
+
+@pytest.fixture(scope="session")
+def champion(run_id: str) -> str:
+    assert "champion is now version 1" in afa("register", run_id, "--name", "shapes")
+    return "models:/shapes@champion"
+
+
+def test_shards_are_read_by_webdataset_and_are_the_same_bytes_again(shards: Path, tmp_path: Path) -> None:
+    index = load_dataset_index(shards)
+    urls = [str(path) for path in shard_paths(shards, index, "train")]
+    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == index.splits["train"].samples == 24
+    for sample in samples:
+        number = int(sample["__key__"].rsplit("-", 1)[1])
+        drawn = draw(0, number, 64)
+        assert json.loads(sample["json"])["tags"] == list(drawn.tags)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), drawn.image)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["seg.png"]))), drawn.label)
+    again = tmp_path / "again"
+    afa("shards", "shapes", again, "--train", 24, "--val", 8, "--size-px", 64, "--samples-per-shard", 6)
+    for path in shards.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_a_finished_run_has_losses_scores_pictures_and_a_checkpoint(run_id: str, shards: Path) -> None:
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.total_steps"] == "6"
+    assert [point.step for point in client.get_metric_history(run_id, "loss.cls")] == [0, 2, 4]
+    assert [point.step for point in client.get_metric_history(run_id, "val.segmentation_miou")] == [3, 6]
+    wanted = {"loss.seg", "loss.aff", "lr", "images_per_s", "val.cam_miou", "val.affinity_cam_miou", "val.tag_f1"}
+    assert wanted <= set(run.data.metrics)
+    pictures = [item.path for item in client.list_artifacts(run_id, "pictures")]
+    assert pictures == ["pictures/step-000003.png", "pictures/step-000006.png"]
+    checkpoint = Path(run.data.tags["afa.best_checkpoint"])
+    assert {path.name for path in checkpoint.iterdir()} >= {
+        "model.safetensors", "config.json", "training_state.pt", "random_state-0.pt", "random_state-1.pt",
+    }  # fmt: skip
+    assert load_bundle(checkpoint).classes == load_dataset_index(shards).classes
+
+
+def test_scores_are_scikit_learns(run_id: str, shards: Path) -> None:
+    """The project's mIoU of its labels against scikit-learn's, from the pixels up."""
+    checkpoint = Path(MlflowClient().get_run(run_id).data.tags["afa.best_checkpoint"])
+    bundle, index = load_bundle(checkpoint), load_dataset_index(shards)
+    truths, labels = [], []
+    for sample in iterate_samples(shard_paths(shards, index, "val"), index.classes, with_seg=True):
+        assert sample.seg_label is not None
+        truths.append(sample.seg_label.ravel())
+        labels.append(label_pictures(bundle, [sample.image], [sample.tags])[0].label.ravel())
+    truth, label = np.concatenate(truths), np.concatenate(labels)
+    present = sorted(set(truth.tolist()) | set(label.tolist()))
+    expected = jaccard_score(truth, label, labels=present, average="macro")
+    assert score_bundle(checkpoint, shards)["refined_affinity_miou"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_path: Path) -> None:
+    words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path]
+    longer = overrides("optim.total_steps=40", "train.workers=1", "train.eval_every=2")
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, words), "--run-name", "killed", *longer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and len(list((tmp_path / "killed").glob("checkpoint_*"))) < 2:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    first = json.loads((tmp_path / "killed" / "afa_run.json").read_text())["run_id"]
+    assert "was started with another configuration" in afa(*words, "--resume", "killed", *overrides(), status=2)
+    printed = afa(*words, "--resume", "killed", *longer)
+    assert f"MLflow run {first}" in printed
+    steps = [point.step for point in MlflowClient().get_metric_history(first, "val.cam_miou")]
+    assert steps[-1] == 40
+    assert len(steps) >= 20
+    assert "there is a run at" in afa(*words, "--run-name", "killed", *longer, status=2)
+
+
+def test_a_non_finite_loss_stops_training_after_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    printed = afa(
+        "train", shards, "--config", "shapes_cpu", "--storage", tmp_path, "--run-name", "diverges",
+        *overrides("optim.lr=1.0e+30", "train.workers=1", "optim.total_steps=20"), status=1,
+    )  # fmt: skip
+    assert "loss is not finite at step" in printed
+    assert "cls = nan" in printed
+    assert list((tmp_path / "diverges").glob("checkpoint_*"))
+    run = MlflowClient().get_run(json.loads((tmp_path / "diverges" / "afa_run.json").read_text())["run_id"])
+    assert run.info.status == "FAILED"
+    assert "not finite" in run.data.tags["afa.error"]
+
+
+def test_registered_model_loads_through_plain_mlflow(champion: str, run_id: str) -> None:
+    loaded = mlflow.pyfunc.load_model(champion)
+    buffer = io.BytesIO()
+    Image.fromarray(draw(5, 0, 64).image).save(buffer, "PNG")
+    table = pd.DataFrame({"image": [buffer.getvalue()] * 2, "tags": ['["disc"]', None]})
+    answer = loaded.predict(table)
+    assert json.loads(answer["tags"][0]) == ["disc"]
+    assert list(answer["tags_source"]) == ["given", "predicted"]
+    assert Image.open(io.BytesIO(answer["mask"][0])).size == (64, 64)
+    assert "is models:/shapes/1 already" in afa("register", run_id, "--name", "shapes")
+    listed = json.loads(afa("models", "--json"))
+    assert [(row["name"], row["version"], row["aliases"]) for row in listed] == [("shapes", 1, ["champion"])]
+    assert listed[0]["scores"].keys() >= {"segmentation_miou", "cam_miou"}
+
+
+def test_champion_moves_only_to_a_better_score(champion: str, run_id: str, tracking: str) -> None:
+    """Two more runs with the first one's checkpoint, one said to be worse and one better."""
+    client = MlflowClient()
+    first = client.get_run(run_id)
+    for score, outcome in ((-1.0, "champion stays version 1"), (2.0, "champion moved from version 1")):
+        tags = {key: value for key, value in first.data.tags.items() if key.startswith("afa.")}
+        other = client.create_run(first.info.experiment_id, tags=tags)
+        client.log_metric(other.info.run_id, "best.refined_affinity_miou", score)
+        assert outcome in afa("register", other.info.run_id, "--name", "shapes")
+    assert client.get_model_version_by_alias("shapes", "champion").version in (3, "3")
+    client.set_registered_model_alias("shapes", "champion", "1")
+
+
+def test_labels_of_a_folder_with_bad_pictures(champion: str, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    (pictures / "deep").mkdir(parents=True)
+    for index in range(5):
+        Image.fromarray(draw(9, index, 64).image).save(pictures / "deep" / f"{index}.jpg")
+    Image.fromarray(draw(9, 7, 64).image).resize((150, 31)).save(pictures / "wide.name.png")
+    Image.new("RGB", (1, 1)).save(pictures / "dot.png")
+    (pictures / "empty.jpg").touch()
+    (pictures / "text.png").write_text("no picture")
+    words = ["label", "--model", champion, "--input", pictures, "--output", output, "--unit-size", 3]
+    printed = afa(*words)
+    assert "images 9  labels 7  quarantined 2" in printed
+    assert "quarantined 2: undecodable_image" in printed
+    rows = [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert len(rows) == len({row["key"] for row in rows}) == 9
+    assert {row["key"] for row in rows if row["status"] == "quarantined"} == {"empty", "text"}
+    masks = {}
+    for path in output.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                if member.name.endswith(".png"):
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    masks[member.name] = Image.open(io.BytesIO(stream.read()))
+                    assert masks[member.name].mode == "P"
+    assert masks["wide_name.png"].size == (150, 31)
+    assert masks["dot.png"].size == (1, 1)
+    assert len(masks) == 7
+    # A unit without its marker does not exist; the same command does what is missing and nothing else.
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    next(output.glob("unit-000001.done.json")).unlink()
+    assert "2 of 3 units are done already" in afa(*words)
+    changed = [path.name for path in output.glob("*.tar") if path.stat().st_mtime_ns != before[path.name]]
+    assert changed == ["unit-000001.tar"]
+    assert "holds labels of another job" in afa(*words, "--ignore-band", status=2)
+
+
+def test_labels_of_shards_take_their_tags(champion: str, shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "shards"
+    damaged.mkdir()
+    shutil.copy(shards / "val-000000.tar", damaged)
+    data = (shards / "train-000000.tar").read_bytes()
+    (damaged / "cut.tar").write_bytes(data[: len(data) // 2])
+    printed = afa("label", "--model", champion, "--input", damaged, "--output", tmp_path / "labels")
+    assert "bad_shard" in printed
+    rows = pq.read_table(tmp_path / "labels" / "val-000000.parquet").to_pylist()
+    index = load_dataset_index(shards)
+    given = {sample.key: sample.tags for sample in iterate_samples([shards / "val-000000.tar"], index.classes)}
+    assert {row["key"]: tuple(row["tags"]) for row in rows} == given
+    assert {row["tags_source"] for row in rows} == {"given"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "nowhere"], "nowhere is no shard set"),
+        (["train", "SHARDS", "--set", "optim.lr=fast"], "optim.lr = 'fast'"),
+        (["train", "SHARDS", "--set", "optim.speed=1"], "unknown key 'optim.speed'; known are lr"),
+        (["train", "SHARDS", "--set", "optim.lr"], "write section.key=value"),
+        (["train", "SHARDS", "--set", "cam.background_score=2"], "cam.background_score = 2"),
+        (["train", "SHARDS", "--config", "nothing"], "no configuration 'nothing'"),
+        (["train", "SHARDS", "--set", "train.workers=9"], "4 training shards for"),
+        (["train", "SHARDS", "--set", "model.pretrained=x.pth"], "no checkpoint at x.pth"),
+        (["train", "SHARDS", "--resume", "nothing"], "no interrupted run at"),
+        (["register", "0123", "--name", "x"], "no run '0123'"),
+        (["models", "nothing"], "no registered model 'nothing'"),
+        (["label", "--model", "models:/no@champion", "--input", ".", "--output", "out"], "no model models:/no@"),
+        (["label", "--model", "models:/x", "--input", ".", "--output", "out"], "write models:/NAME@ALIAS"),
+        (["label", "--model", "nowhere", "--input", ".", "--output", "out"], "nowhere holds no usable model"),
+        (["label", "--model", "x", "--input", "nowhere", "--output", "out"], "no such input"),
+        (["evaluate", "nowhere", "SHARDS"], "holds no usable model"),
+        (["shards", "voc", "nowhere", "out"], "has no JPEGImages"),
+        (["shards", "folder", "nowhere", "out"], "no folder nowhere"),
+        (["shards", "shapes", "SHARDS"], "holds a shard set already"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_status_two(
+    words: list[str], said: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").touch()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    printed = afa(*[str(shards) if word == "SHARDS" else word for word in words], status=2)
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, printed
+    assert said in errors[0]
+    assert "Traceback" not in printed
