@@ -8,6 +8,7 @@ version that means the same tomorrow.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from infra.tracking import TrackingFailure, quiet, safe_uri
 
 # Nothing that this project loads needs pickle, so nothing may use it.
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 SCHEME = "models:/"
 DATA = "data"  # where MLflow puts the data folder of a pyfunc model
@@ -67,7 +69,9 @@ def register(
     mlflow.set_tracking_uri(uri)
     try:
         # Model logging exists in the fluent interface only, hence the active run for its length.
-        with mlflow.start_run(run_id=run_id):
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            # The signature is given, so there is nothing to infer from an example.
+            warnings.filterwarnings("ignore", message=".*input example.*")
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 loader_module=loader_module,
@@ -76,14 +80,22 @@ def register(
                 pip_requirements=list(requirements),
             )
         client = MlflowClient(uri)
-        if not any(found.name == name for found in client.search_registered_models()):
-            client.create_registered_model(name)
+        _ensure_name(client, name)
         version = client.create_model_version(name, logged.model_uri, run_id=run_id, tags=dict(tags))
     except TrackingFailure as error:
         raise ServiceError(f"MLflow at {safe_uri(uri)} cannot register {name!r}: {safe_uri(str(error))}") from error
     finally:
         mlflow.set_tracking_uri(before)
     return _from_mlflow(version)
+
+
+def _ensure_name(client: MlflowClient, name: str) -> None:
+    """Create the registered model unless there is one; asking first would race with another process."""
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def resolve(uri: str, reference: str) -> RegisteredVersion:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,38 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.data
-from PIL import Image
 
-from afa_core.classes import BACKGROUND, BUILT_IN, IGNORE_INDEX, SHAPES, check_classes, load_classes
-from afa_core.data.sample import BadSample, check_key, decode_image, decode_seg_label, encode_mask, encode_sample
-from afa_core.data.shapes import draw
-from afa_core.data.shards import (
-    INDEX,
-    DatasetIndex,
-    ShardEntry,
-    ShardWriter,
-    SplitIndex,
-    load_dataset_index,
-    save_dataset_index,
-)
+from afa_core.classes import BUILT_IN, SHAPES, check_classes, load_classes
+from afa_core.data.shards import INDEX, DatasetIndex, ShardEntry, SplitIndex, save_dataset_index
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.local_ray import start_ray
 from pipelines.progress import Progress
-from pipelines.shard_sources import (
-    PictureRef,
-    annotation_tags,
-    folder_pictures,
-    mask_tags,
-    shapes_pictures,
-    voc_pictures,
-)
+from pipelines.shard_packing import Problem, ShardPlan, ShardResult, write_shard
+from pipelines.shard_sources import PictureRef, folder_pictures, shapes_pictures, voc_pictures
 
 RARE_SHARE = 0.01
 LISTED_PROBLEMS = 20
+OWN_FILE = re.compile(r"(dataset\.json|[a-z]+-\d{6}\.tar|.*\.partial)")  # also what a killed job left
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,36 +91,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Something that could not be used: a reason code, the key, the detail."""
-
-    reason: str
-    key: str
-    detail: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardPlan:
-    """One tar to write."""
-
-    name: str
-    split: str
-    output: str
-    classes: tuple[str, ...]
-    max_megapixels: float
-    pictures: tuple[PictureRef, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardResult:
-    """What became of a plan."""
-
-    entry: ShardEntry
-    class_images: dict[str, int]
-    problems: list[Problem]
-
-
 def plan_pictures(arguments: argparse.Namespace) -> tuple[list[PictureRef], tuple[str, ...]]:
     """References to all pictures, and the class list.
 
@@ -179,17 +132,16 @@ def prepare_output(output: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: there is something in it that may not be removed.
     """
-    if output.exists() and any(output.iterdir()):
-        if not (output / INDEX).is_file():
-            raise UsageError(f"{output} is not empty and no shard set: use another OUT")
-        if not overwrite:
-            raise UsageError(f"{output} holds a shard set already: use --overwrite or another OUT")
-        earlier = load_dataset_index(output)
-        for split in earlier.splits.values():
-            for shard in split.shards:
-                (output / shard.name).unlink(missing_ok=True)
-        (output / INDEX).unlink()
     output.mkdir(parents=True, exist_ok=True)
+    names = [path.name for path in output.iterdir()]
+    foreign = [name for name in names if not OWN_FILE.fullmatch(name)]
+    if foreign:
+        raise UsageError(f"{output} holds something else ({sorted(foreign)[0]}): use another OUT")
+    if names and not overwrite:
+        state = "a shard set already" if INDEX in names else "an unfinished shard set"
+        raise UsageError(f"{output} holds {state}: use --overwrite or another OUT")
+    for name in sorted(names):  # the index first: without it the rest is no shard set
+        (output / name).unlink()
 
 
 def without_duplicates(pictures: Sequence[PictureRef]) -> tuple[list[PictureRef], list[Problem]]:
@@ -228,7 +180,7 @@ def plan_shards(
 
 def write_shards(plans: Sequence[ShardPlan]) -> Iterator[tuple[ShardPlan, ShardResult]]:
     """Write all tars on Ray, yielding each with its result as it is done."""
-    shared = ray.put(list(plans))
+    shared = [ray.put(plan) for plan in plans]
     rows = [{"index": index} for index in range(len(plans))]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(partial(_write_row, shared=shared))
     for row in results.iter_rows():
@@ -237,93 +189,13 @@ def write_shards(plans: Sequence[ShardPlan]) -> Iterator[tuple[ShardPlan, ShardR
         yield plans[row["index"]], ShardResult(ShardEntry(**values["entry"]), values["class_images"], problems)
 
 
-def _write_row(row: dict[str, Any], shared: Any) -> dict[str, Any]:
-    result = write_shard(ray.get(shared)[row["index"]])
+def _write_row(row: dict[str, Any], shared: list[ray.ObjectRef[ShardPlan]]) -> dict[str, Any]:
+    result = write_shard(ray.get(shared[row["index"]]))
     return {"index": row["index"], "result": json.dumps(dataclasses.asdict(result))}
 
 
-def write_shard(plan: ShardPlan) -> ShardResult:
-    """Write one tar."""
-    writer = ShardWriter(Path(plan.output) / plan.name)
-    problems: list[Problem] = []
-    for picture in plan.pictures:
-        try:
-            members, tags = pack(picture, plan.classes, plan.max_megapixels)
-        except BadSample as bad:
-            problems.append(Problem(bad.reason, picture.key, bad.detail))
-            continue
-        unknown = [tag for tag in tags if tag not in plan.classes]
-        problems += [Problem("unknown_tag", picture.key, tag) for tag in unknown]
-        writer.write(members, [tag for tag in tags if tag in plan.classes])
-    return ShardResult(writer.close(), writer.class_images, problems)
-
-
-def pack(
-    picture: PictureRef, classes: tuple[str, ...], max_megapixels: float
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Members of a sample and its tags, known to the class list or not.
-
-    Raises:
-        BadSample: with its reason.
-    """
-    check_key(picture.key)
-    if not picture.mask_classes:
-        return _pack_drawn(picture)
-    data, extension = _read_picture(picture), Path(picture.path).suffix.lower().lstrip(".")
-    height, width = decode_image(data, max_megapixels).shape[:2]
-    mask = Path(picture.mask).read_bytes() if picture.mask else None
-    if picture.tags is not None:
-        tags = picture.tags
-    elif picture.annotation:
-        tags = annotation_tags(picture.annotation)
-    elif mask is not None:
-        tags = mask_tags(mask, picture.mask_classes)
-    else:
-        raise BadSample("no_tags", "neither an annotation nor a mask")
-    facts = {
-        "tags": [tag for tag in tags if tag in classes],
-        "width": width,
-        "height": height,
-        "source": Path(picture.path).name,
-    }
-    seg = encode_mask(_to_class_list(decode_seg_label(mask), picture.mask_classes, classes)) if mask else None
-    return encode_sample(picture.key, data, extension, facts, seg), tags
-
-
-def _read_picture(picture: PictureRef) -> bytes:
-    if ".." in Path(picture.path).parts:
-        raise BadSample("bad_path", picture.path)
-    try:
-        return Path(picture.path).read_bytes()
-    except FileNotFoundError as error:
-        raise BadSample("missing_file", picture.path) from error
-    except OSError as error:
-        raise BadSample("unreadable", f"{picture.path}: {error.strerror}") from error
-
-
-def _to_class_list(
-    label: np.ndarray[Any, np.dtype[np.uint8]], mask_classes: Sequence[str], classes: Sequence[str]
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A mask in the numbers of the class list. Objects of other classes are no background: they become ignored."""
-    table = np.full(256, IGNORE_INDEX, np.uint8)
-    table[BACKGROUND] = BACKGROUND
-    for value, name in enumerate(mask_classes, start=1):
-        if name in classes:
-            table[value] = classes.index(name) + 1
-    return table[label]
-
-
-def _pack_drawn(picture: PictureRef) -> tuple[dict[str, Any], tuple[str, ...]]:
-    seed, index, size_px = map(int, picture.path.split("/"))
-    drawn = draw(seed, index, size_px)
-    buffer = io.BytesIO()
-    Image.fromarray(drawn.image).save(buffer, "PNG")
-    facts = {"tags": list(drawn.tags), "width": size_px, "height": size_px, "source": f"shapes:{seed}/{index}"}
-    return encode_sample(picture.key, buffer.getvalue(), "png", facts, encode_mask(drawn.label)), drawn.tags
-
-
 def to_index(shards: Sequence[tuple[ShardPlan, ShardResult]], classes: tuple[str, ...]) -> DatasetIndex:
-    """Index of the shards that hold anything."""
+    """Index of all shards."""
     splits: dict[str, SplitIndex] = {}
     for split in dict.fromkeys(plan.split for plan, _ in shards):
         results = [result for plan, result in shards if plan.split == split]

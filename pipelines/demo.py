@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; prints the table and where the page is."""
     demo = Demo(arguments.output.absolute(), arguments.pictures)
     demo.prepare()
-    start_ray()
+    start_ray(show_workers=False)  # each stage shows its own
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     demo.stage(
         "shards", "pipelines.build_shards", "shapes", demo.path("shards"),
@@ -156,7 +156,7 @@ class Demo:
             truth = np.asarray(Image.open(self.path("truth", f"{key}.png")))
             image = np.asarray(Image.open(self.path("pictures", f"{key}.png")).convert("RGB"))
             samples.append(Sample(key=key, image=image, tags=tuple(facts["tags"]), seg_label=truth, source=""))
-            final.update(torch.from_numpy(truth), torch.from_numpy(label))
+            final.update(torch.tensor(truth), torch.tensor(label))
         for _ in score_samples(bundle.model, samples, SHAPES, bundle.cam_config, bundle.par_config, scores):
             pass
         return {

@@ -9,15 +9,19 @@ import ray
 import ray.data
 
 
-def start_ray() -> None:
-    """Connect to ``RAY_ADDRESS`` (set inside a submitted job) or start Ray on this machine; once per process."""
+def start_ray(*, show_workers: bool = True) -> None:
+    """Connect to ``RAY_ADDRESS`` (set inside a submitted job) or start Ray on this machine; once per process.
+
+    Args:
+        show_workers: bring what workers print to this process's terminal.
+    """
     if ray.is_initialized():
         return
     # Workers import this project from the driver's environment; their lines reach the terminal one by one.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     ray.init(
         logging_level=logging.WARNING,
-        log_to_driver=True,
+        log_to_driver=show_workers,
         include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
     )
     context = ray.data.DataContext.get_current()
