@@ -87,23 +87,26 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu") -> Bundl
         raise InputError(f"{folder} holds no usable model ({CONFIG} and {WEIGHTS}): {error}") from error
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder / CONFIG} has no format_version {FORMAT_VERSION}: written by another version?")
-    classes = check_classes(config["classes"])
-    # Weights come from the bundle, so nothing else may be loaded first.
-    model_config = dataclasses.replace(config_from_json(ModelConfig, config["model"]), pretrained=None)
-    model = build_model(model_config, len(classes))
     try:
+        classes = check_classes(config["classes"])
+        # Weights come from the bundle, so nothing else may be loaded first.
+        model_config = dataclasses.replace(config_from_json(ModelConfig, config["model"]), pretrained=None)
+        model = build_model(model_config, len(classes))
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {error}") from error
-    return Bundle(
-        model=model.to(device).eval(),
-        classes=classes,
-        model_config=model_config,
-        cam_config=config_from_json(CamConfig, config["cam"]),
-        par_config=config_from_json(ParConfig, config["par"]),
-        label_config=config_from_json(LabelConfig, config["label"]),
-        digest=bundle_digest(folder),
-    )
+        bundle = Bundle(
+            model=model.eval(),
+            classes=classes,
+            model_config=model_config,
+            cam_config=config_from_json(CamConfig, config["cam"]),
+            par_config=config_from_json(ParConfig, config["par"]),
+            label_config=config_from_json(LabelConfig, config["label"]),
+            digest=bundle_digest(folder),
+        )
+    except (InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit: {type(error).__name__}: {reason}") from error
+    bundle.model.to(device)
+    return bundle
 
 
 def bundle_digest(folder: str | Path) -> str:
@@ -115,15 +118,8 @@ def bundle_digest(folder: str | Path) -> str:
 
 
 def config_from_json(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """A configuration dataclass from its JSON form, lists back to tuples.
-
-    Raises:
-        InputError: a key that the dataclass does not have.
-    """
-    try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except TypeError as error:
-        raise InputError(f"{kind.__name__}: {error}") from error
+    """A configuration dataclass from its JSON form, lists back to tuples; TypeError for an unknown key."""
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def random_state() -> dict[str, Any]:

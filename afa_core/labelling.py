@@ -9,6 +9,7 @@ Shapes: H x W the picture's own size; F foreground classes, C = F + 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,8 @@ def _label_batch(
     config: LabelConfig,
 ) -> list[PictureLabel]:
     device = next(bundle.model.parameters()).device
-    image = _padded(torch.stack([_shrunk(normalise(pixels), size) for pixels in images]), bundle).to(device)
+    image = torch.stack([_shrunk(normalise(pixels), size) for pixels in images])
+    image = pad_small(image, bundle.cam_config.scales).to(device)
     boxes = torch.tensor([[0, size[0], 0, size[1]]]).expand(len(images), 4)
     output = bundle.model(image)
     predicted = (output.class_logits.sigmoid() > config.tag_probability).float().cpu()
@@ -177,8 +179,8 @@ def _shrunk(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-def _padded(image: Tensor, bundle: Bundle) -> Tensor:
-    """Pictures of at least the size that the smallest CAM scale needs; padding is the mean colour."""
-    smallest = int(SMALLEST_SIDE_PX / min(1.0, *bundle.cam_config.scales)) + 1
+def pad_small(image: Tensor, scales: Sequence[float]) -> Tensor:
+    """Pictures [B, 3, H, W] padded below and right to what the smallest CAM scale needs; padding is the mean colour."""
+    smallest = math.ceil(SMALLEST_SIDE_PX / min(1.0, *scales))
     bottom, right = (max(0, smallest - side) for side in image.shape[2:])
     return F.pad(image, (0, right, 0, bottom)) if bottom or right else image

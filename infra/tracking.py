@@ -50,7 +50,7 @@ def tracking_uri(configured: str | None) -> str:
 
 def safe_uri(uri: str) -> str:
     """The URI without user name and password, fit for a log."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return re.sub(r"//[^/\s]*@", "//", uri)
 
 
 def quiet() -> None:

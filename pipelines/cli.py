@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in words[:1]:  # only the stage that runs pays for its imports
             module = importlib.import_module(module_name)
             getattr(module, f"add_{prefix}_arguments" if prefix else "add_arguments")(stage)
-            stage.set_defaults(run=getattr(module, f"run_{prefix}" if prefix else "run"))
+            stage.set_defaults(run_stage=getattr(module, f"run_{prefix}" if prefix else "run"))
     arguments = parser.parse_args(words)
-    return guarded(arguments.run, arguments)
+    return guarded(arguments.run_stage, arguments)
 
 
 def stage_main(add_arguments: AddArguments, run: Run, argv: Sequence[str] | None = None) -> int:

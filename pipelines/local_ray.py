@@ -22,7 +22,6 @@ def start_ray(*, show_workers: bool = True) -> None:
     ray.init(
         logging_level=logging.WARNING,
         log_to_driver=show_workers,
-        include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print lines of their own

@@ -51,13 +51,19 @@ def scored_rows(batch: ScoredBatch) -> list[list[Tile]]:
         [
             image_tile(batch.image[index]),
             heat_tile(batch.image[index], batch.cam[index]),
-            heat_tile(batch.image[index], batch.affinity_cam[index]),
+            heat_tile(batch.image[index], _stretched(batch.affinity_cam[index])),
             label_tile(batch.labels["refined_affinity"][index]),
             label_tile(batch.labels["segmentation"][index]),
             label_tile(batch.truth[index]),
         ]
         for index in range(len(batch.image))
     ]
+
+
+def _stretched(maps: Tensor) -> Tensor:
+    """Maps [F, H, W] over their own range: a propagated CAM is a share beside the background, never far from it."""
+    heat = maps.amax(0, keepdim=True)
+    return (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
 
 
 def grid_png(rows: Sequence[Sequence[Tile]], captions: Sequence[str]) -> bytes:

@@ -30,6 +30,7 @@ from afa_core.data.sample import Sample
 from afa_core.data.shards import DatasetIndex, iterate_samples, load_dataset_index, shard_paths
 from afa_core.data.transforms import denormalise_to_unit, normalise
 from afa_core.errors import InputError
+from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
 from afa_core.pseudo_label import make_pseudo_label, propagate_cam
@@ -148,9 +149,10 @@ def _score_batch(
     scores: Scores,
 ) -> ScoredBatch:
     device = next(model.parameters()).device
-    image = torch.stack([normalise(sample.image) for sample in batch]).to(device)
+    image = torch.stack([normalise(sample.image) for sample in batch])
+    image = pad_small(image, cam_config.scales).to(device)
     cls_label = torch.stack([tags_to_cls_label(sample.tags or (), classes) for sample in batch]).to(device)
-    truth = torch.stack([torch.from_numpy(sample.seg_label).long() for sample in batch]).to(device)
+    truth = torch.stack([torch.tensor(sample.seg_label).long() for sample in batch]).to(device)
     height, width = truth.shape[1:]
     boxes = torch.tensor([[0, height, 0, width]]).expand(len(batch), 4)
     threshold = cam_config.background_score
@@ -161,15 +163,19 @@ def _score_batch(
         model, image, unit, cls_label, boxes, cam_config, par_config, background_scores=(threshold, threshold)
     )
     assert made.refined_affinity is not None
-    affinity_cam = resize(propagate_cam(made.cam, cls_label, threshold, cam_config), (height, width))
+    size = image.shape[2:]
+    affinity_cam = resize(propagate_cam(made.cam, cls_label, threshold, cam_config), size)
     labels = {
         "cam": cam_to_label(made.cam.cam, cls_label, threshold),
         "refined_cam": made.refined_cam.label,
         "affinity_cam": affinity_cam.argmax(1),
         "refined_affinity": made.refined_affinity.label,
-        "segmentation": resize(output.seg_logits, (height, width)).argmax(1),
+        "segmentation": resize(output.seg_logits, size).argmax(1),
     }
+    inside = (..., slice(0, height), slice(0, width))
+    labels = {stage: label[inside] for stage, label in labels.items()}
     for stage, label in labels.items():
         scores.matrices[stage].update(truth, label)
     scores.tags.update(output.class_logits.sigmoid(), cls_label)
-    return ScoredBatch(unit, made.cam.cam * cls_label[:, :, None, None], affinity_cam[:, 1:], truth, labels)
+    cam = made.cam.cam * cls_label[:, :, None, None]
+    return ScoredBatch(unit[inside], cam[inside], affinity_cam[:, 1:][inside], truth, labels)

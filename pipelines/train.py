@@ -16,12 +16,13 @@ from pathlib import Path
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from afa_core.data.shards import DatasetIndex, dataset_digest, load_dataset_index, verify_shards
 from afa_core.data.stream import check_enough_shards
 from afa_core.errors import InputError
+from afa_core.model import build_model
 from infra.tracking import RunLogger, open_run, safe_uri, tracking_uri
 from pipelines.cli import causes, stage_main
 from pipelines.config import ExperimentConfig, experiment_to_values, load_experiment
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.config, arguments.overrides)
     dataset = arguments.dataset.absolute()
     index = load_dataset_index(dataset)
-    check_dataset(index, experiment)
+    check_inputs(index, experiment)
     verify_shards(dataset, index, ["train", "val"])
     start_ray()
     storage = arguments.storage.absolute()
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # stubs show Train V1
             checkpoint_config=CheckpointConfig(
                 num_to_keep=experiment.train.keep_checkpoints,
                 checkpoint_score_attribute=experiment.train.best_metric,
@@ -74,17 +76,18 @@ def run(arguments: argparse.Namespace) -> int:
     return finish(trainer, logger, experiment, index, dataset)
 
 
-def check_dataset(index: DatasetIndex, experiment: ExperimentConfig) -> None:
+def check_inputs(index: DatasetIndex, experiment: ExperimentConfig) -> None:
     """What can be known to go wrong is said before any process starts.
 
     Raises:
-        InputError: a split is missing, or there are fewer training shards than readers.
+        InputError: a split is missing, there are fewer training shards than readers, or the model cannot be built.
     """
     for split in ("train", "val"):
         if split not in index.splits:
             raise InputError(f"the shard set has no split {split!r}, only {', '.join(index.splits) or 'none'}")
     readers = experiment.train.workers * max(1, experiment.data.loader_workers)
     check_enough_shards(len(index.splits["train"].shards), readers)
+    build_model(experiment.model, len(index.classes))  # a wrong name or checkpoint shows here, not in every worker
 
 
 def scaling(workers: int) -> ScalingConfig:
@@ -112,7 +115,8 @@ def attach_or_open(
     """
     uri = tracking_uri(experiment.tracking.uri)
     record = folder / RUN_FILE
-    values = experiment_to_values(experiment)
+    # Where it is recorded is no part of the experiment, and may hold a password.
+    values = {key: value for key, value in experiment_to_values(experiment).items() if key != "tracking"}
     if resume:
         if not record.is_file():
             raise UsageError(f"no interrupted run at {folder}: look for its name in {folder.parent}")

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,8 @@ class WorkerSettings:
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of one worker, called by Ray Train with the fields of ``WorkerSettings``."""
+    # The gradient of a depth-wise convolution has strides of its own; a copy of a few kilobytes is no news.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     settings = WorkerSettings(**config)
     worker = Worker(settings, experiment_from_values(settings.experiment, "the job's configuration"))
     worker.run()
@@ -80,7 +84,7 @@ class Worker:
         self.forward = self._wrap()
         torch.manual_seed(experiment.train.seed + 1 + self.rank)
         self.logger = RunLogger.attach(settings.tracking_uri, settings.run_id) if self.rank == 0 else None
-        self.progress = Progress("step", experiment.optim.total_steps, self.step)
+        self.progress = Progress("step", experiment.optim.total_steps, self.step, window=experiment.train.log_every)
 
     def run(self) -> None:
         """Train to the last step, evaluating and saving on the way and at the end."""
@@ -208,7 +212,9 @@ class Worker:
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            print(line, flush=True)
+            # Not print(): Ray Train sends that to its own log as well, and the terminal shows both.
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
 
     def _log(self, metrics: dict[str, float], tags: dict[str, str] | None = None) -> None:
         if self.logger:

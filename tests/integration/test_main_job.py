@@ -62,7 +62,7 @@ def runs(shards: Path, tracking: str, tmp_path_factory: pytest.TempPathFactory) 
     """Folder with the finished two-worker run "one"."""
     folder = tmp_path_factory.mktemp("runs")
     printed = afa("train", shards, "--config", "shapes_cpu", "--storage", folder, "--run-name", "one", *overrides())
-    assert "step 2/6" in printed
+    assert "step 1/6" in printed
     assert "ETA" in printed
     return folder
 
@@ -100,6 +100,7 @@ def test_a_finished_run_has_losses_scores_pictures_and_a_checkpoint(run_id: str,
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.total_steps"] == "6"
+    assert not [key for key in run.data.params if key.startswith("tracking")]  # may hold a password
     assert [point.step for point in client.get_metric_history(run_id, "loss.cls")] == [0, 2, 4]
     assert [point.step for point in client.get_metric_history(run_id, "val.segmentation_miou")] == [3, 6]
     wanted = {"loss.seg", "loss.aff", "lr", "images_per_s", "val.cam_miou", "val.affinity_cam_miou", "val.tag_f1"}
@@ -130,7 +131,7 @@ def test_scores_are_scikit_learns(run_id: str, shards: Path) -> None:
 
 def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_path: Path) -> None:
     words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path]
-    longer = overrides("optim.total_steps=40", "train.workers=1", "train.eval_every=2")
+    longer = overrides("optim.total_steps=16", "train.workers=1", "train.eval_every=2")
     command = [sys.executable, "-m", "pipelines.cli", *map(str, words), "--run-name", "killed", *longer]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
         deadline = time.monotonic() + 200
@@ -142,8 +143,8 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_pat
     printed = afa(*words, "--resume", "killed", *longer)
     assert f"MLflow run {first}" in printed
     steps = [point.step for point in MlflowClient().get_metric_history(first, "val.cam_miou")]
-    assert steps[-1] == 40
-    assert len(steps) >= 20
+    assert steps[-1] == 16
+    assert len(steps) >= 8
     assert "there is a run at" in afa(*words, "--run-name", "killed", *longer, status=2)
 
 
@@ -260,7 +261,7 @@ def test_labels_of_shards_take_their_tags(champion: str, shards: Path, tmp_path:
         (["label", "--model", "x", "--input", "nowhere", "--output", "out"], "no such input"),
         (["evaluate", "nowhere", "SHARDS"], "holds no usable model"),
         (["shards", "voc", "nowhere", "out"], "has no JPEGImages"),
-        (["shards", "folder", "nowhere", "out"], "no folder nowhere"),
+        (["shards", "folder", "nowhere", "out"], "no folder "),
         (["shards", "shapes", "SHARDS"], "holds a shard set already"),
     ],
 )  # fmt: skip

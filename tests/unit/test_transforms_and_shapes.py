@@ -1,0 +1,76 @@
+"""Augmentation and its box; the built-in pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afa_core.classes import SHAPES
+from afa_core.config import DataConfig
+from afa_core.data.sample import Sample
+from afa_core.data.shapes import draw
+from afa_core.data.transforms import TrainTransform, denormalise_to_unit, normalise
+
+
+def sample(height: int, width: int, seed: int = 0) -> Sample:
+    """A picture with no pixel of the padding's colour."""
+    image = np.random.default_rng(seed).integers(130, 256, (height, width, 3), dtype=np.uint8)
+    return Sample("key", image, ("disc",), None, "")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(32, 64), st.integers(0, 2**32 - 1))
+def test_the_box_holds_the_picture_and_nothing_else(height: int, width: int, crop_px: int, seed: int) -> None:
+    config = DataConfig(crop_px=crop_px, rescale=(0.5, 2.0))
+    item = TrainTransform(config, SHAPES)(sample(height, width), np.random.default_rng(seed))
+    assert item.image.shape == (3, crop_px, crop_px)
+    y0, y1, x0, x1 = item.box.tolist()
+    assert 0 <= y0 < y1 <= crop_px
+    assert 0 <= x0 < x1 <= crop_px
+    inside = torch.zeros(crop_px, crop_px, dtype=torch.bool)
+    inside[y0:y1, x0:x1] = True
+    padding = item.image.abs().amax(0) < 0.02  # the mean colour, rounded to whole numbers
+    assert torch.equal(padding, ~inside)
+
+
+def test_the_same_generator_gives_the_same_crop_and_another_one_another() -> None:
+    transform = TrainTransform(DataConfig(crop_px=32, photometric_distortion=True), SHAPES)
+    first, again, other = (transform(sample(60, 60), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first.image, again.image)
+    assert not torch.equal(first.image, other.image)
+
+
+def test_a_flip_mirrors_columns() -> None:
+    config = DataConfig(crop_px=40, rescale=(1.0, 1.0), flip_probability=1.0)
+    item = TrainTransform(config, SHAPES)(sample(40, 40), np.random.default_rng(0))
+    assert torch.equal(item.image, normalise(sample(40, 40).image).flip(2))
+
+
+def test_normalising_and_back_is_off_by_one_value_at_most() -> None:
+    image = sample(20, 20).image
+    unit = denormalise_to_unit(normalise(image)[None])[0].permute(1, 2, 0) * 255
+    assert (unit - torch.from_numpy(image)).abs().max() <= 1
+
+
+def test_shapes_are_the_same_by_seed_and_differ_between_seeds_and_numbers() -> None:
+    first, again = draw(3, 7, 64), draw(3, 7, 64)
+    assert np.array_equal(first.image, again.image)
+    assert np.array_equal(first.label, again.label)
+    assert not np.array_equal(first.image, draw(3, 8, 64).image)
+    assert not np.array_equal(first.image, draw(4, 7, 64).image)
+
+
+@pytest.mark.parametrize("size_px", [32, 64, 96])
+def test_tags_are_exactly_the_classes_of_the_mask(size_px: int) -> None:
+    seen: set[str] = set()
+    for index in range(60):
+        drawn = draw(0, index, size_px)
+        assert drawn.image.shape == (size_px, size_px, 3)
+        shown = {SHAPES[value - 1] for value in np.unique(drawn.label) if value}
+        assert shown == set(drawn.tags)
+        assert 1 <= len(drawn.tags) <= 3
+        seen |= shown
+    assert seen == set(SHAPES)
