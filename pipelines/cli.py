@@ -59,8 +59,8 @@ def guarded(run: Run, arguments: argparse.Namespace) -> int:
 
     try:
         return run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except Exception as error:
         for cause in causes(error):

@@ -29,10 +29,9 @@ from afa_core.classes import SHAPES
 from afa_core.data.sample import Sample, decode_seg_label
 from afa_core.data.shapes import draw
 from afa_core.metrics import ConfusionMatrix
-from infra.registry import download, resolve
-from infra.tracking import tracking_uri
 from pipelines.errors import UsageError
 from pipelines.local_ray import start_ray
+from pipelines.model_files import find_model
 from pipelines.page import Card, render_page
 from pipelines.pictures import overlay_tile, png_bytes
 from pipelines.scoring import Scores, score_samples
@@ -148,8 +147,8 @@ class Demo:
 
     def score(self, labelled: dict[str, tuple[NDArray[np.uint8], dict[str, Any]]]) -> dict[str, float]:
         """mIoU of each stage on the same pictures, with the same (predicted) tags."""
-        uri = tracking_uri(None)
-        bundle = load_bundle(download(uri, resolve(uri, f"models:/{MODEL}@champion"), self.path("model")))
+        folder, _ = find_model(f"models:/{MODEL}@champion", None, self.path("model"))
+        bundle = load_bundle(folder)
         scores, final = Scores(len(SHAPES)), ConfusionMatrix(len(SHAPES) + 1)
         samples = []
         for key, (label, facts) in labelled.items():

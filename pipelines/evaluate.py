@@ -8,9 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from infra.registry import download, resolve
-from infra.tracking import tracking_uri
 from pipelines.cli import stage_main
+from pipelines.model_files import find_model
 from pipelines.scoring import score_bundle
 
 
@@ -26,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Score; prints a line per score."""
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
-        folder = Path(arguments.model)
-        if arguments.model.startswith("models:/"):
-            uri = tracking_uri(arguments.tracking_uri)
-            folder = download(uri, resolve(uri, arguments.model), Path(scratch))
+        folder, _ = find_model(arguments.model, arguments.tracking_uri, Path(scratch))
         scores = score_bundle(folder, arguments.dataset, arguments.split)
     for name, value in scores.items():
         print(f"{name:28s} {value:.4f}")

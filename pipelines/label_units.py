@@ -19,13 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
-from afa_core.data.sample import BadSample, Sample, decode_sample, path_to_key
+from afa_core.data.sample import PICTURE_SUFFIXES, BadSample, Sample, decode_sample, path_to_key
 from afa_core.data.shards import BadShard, iterate_shard
 from afa_core.errors import InputError
 
 MARKER = ".done.json"
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),

@@ -26,12 +26,11 @@ from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
 from afa_core.data.sample import encode_mask
 from afa_core.labelling import PictureLabel, label_pictures
-from infra.registry import download, resolve
-from infra.tracking import tracking_uri
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.label_units import Counts, Input, Unit, UnitWriter, committed, plan_units, read_unit, write_json
 from pipelines.local_ray import start_ray
+from pipelines.model_files import find_model
 from pipelines.progress import Progress
 
 RUN_FILE = "run.json"
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     source, output = arguments.input.absolute(), arguments.output.absolute()
     units = plan_units(source, arguments.unit_size)
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
-        bundle_dir, model = find_model(arguments.model, tracking_uri(arguments.tracking_uri), Path(scratch))
+        bundle_dir, model = find_model(arguments.model, arguments.tracking_uri, Path(scratch))
         job = build_job(arguments, bundle_dir, model, output)
         open_label_set(output, source, job, arguments.unit_size)
         done = {unit.name: counts for unit in units if (counts := committed(output, unit)) is not None}
@@ -88,26 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
         if waiting:
             start_ray()
             progress = Progress("unit", len(units), len(done))
-            for counts in run_units(waiting, job, arguments.workers):
-                labelled.add(counts)
-                progress.count(counts.images)
-                print(progress.line(values={"quarantined": labelled.quarantined}), flush=True)
+            try:
+                for counts in run_units(waiting, job, arguments.workers):
+                    labelled.add(counts)
+                    progress.count(counts.images)
+                    print(progress.line(values={"quarantined": labelled.quarantined}), flush=True)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command goes on with what is missing") from None
         seconds = time.monotonic() - started
     total.add(labelled)
     print(summary(total, labelled, seconds, output))
     return 0
-
-
-def find_model(reference: str, uri: str, scratch: Path) -> tuple[Path, str]:
-    """The model's folder and a name for it that will mean the same tomorrow: an alias is resolved once.
-
-    Raises:
-        InputError, ServiceError: there is no such model.
-    """
-    if not reference.startswith("models:/"):
-        return Path(reference).absolute(), f"bundle:{Path(reference).name}"
-    resolved = resolve(uri, reference)
-    return download(uri, resolved, scratch), f"models:/{resolved.name}/{resolved.version}"
 
 
 def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, output: Path) -> LabelJob:

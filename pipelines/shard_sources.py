@@ -19,10 +19,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from afa_core.classes import VOC
-from afa_core.data.sample import BadSample, decode_seg_label, path_to_key
+from afa_core.data.sample import PICTURE_SUFFIXES, BadSample, decode_seg_label, path_to_key
 from afa_core.errors import InputError
-
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)

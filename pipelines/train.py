@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             ),
         ),
     )
-    return finish(trainer, logger, experiment, index, dataset)
+    return finish(trainer, logger, experiment, name)
 
 
 def check_inputs(index: DatasetIndex, experiment: ExperimentConfig) -> None:
@@ -146,9 +146,7 @@ def attach_or_open(
     return logger
 
 
-def finish(
-    trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfig, index: DatasetIndex, dataset: Path
-) -> int:
+def finish(trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfig, name: str) -> int:
     """Wait for the workers and record the outcome in the run."""
     try:
         result = trainer.fit()
@@ -156,6 +154,8 @@ def finish(
         reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
         logger.set_tags({"afa.status": "failed", "afa.error": f"{type(reason).__name__}: {reason}"[:500]})
         logger.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"go on with --resume {name}") from None
         if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
             raise
         print(f"training failed: {type(reason).__name__}: {reason}", file=sys.stderr)

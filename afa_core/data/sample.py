@@ -29,6 +29,7 @@ from afa_core.classes import palette
 Pixels = NDArray[np.uint8]
 
 PICTURE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+PICTURE_SUFFIXES = frozenset(f".{name}" for name in PICTURE_MEMBERS)
 SEG_MEMBER = "seg.png"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KEY = re.compile(r"[^./\\\x00-\x1f][^.\\\x00-\x1f]*")

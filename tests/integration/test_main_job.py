@@ -226,6 +226,31 @@ def test_labels_of_a_folder_with_bad_pictures(champion: str, tmp_path: Path) -> 
     assert "holds labels of another job" in afa(*words, "--ignore-band", status=2)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_labelling_that_is_stopped_goes_on(champion: str, tmp_path: Path, sent: signal.Signals) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(48):
+        Image.fromarray(draw(9, index, 96).image).save(pictures / f"{index}.png")
+    words = ["label", "--model", champion, "--input", pictures, "--output", output, "--unit-size", 4]
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and len(list(output.glob("*.done.json"))) < 2:
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=60)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted: the same command goes on" in error
+        assert "Traceback" not in error
+    done = len(list(output.glob("*.done.json")))
+    assert 2 <= done < 12
+    assert "images 48  labels 48  quarantined 0" in afa(*words)
+    keys = [row["key"] for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert sorted(keys) == sorted(str(index) for index in range(48))
+
+
 def test_labels_of_shards_take_their_tags(champion: str, shards: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "shards"
     damaged.mkdir()
