@@ -19,10 +19,9 @@ def start_ray(*, show_workers: bool = True) -> None:
         return
     # Workers import this project from the driver's environment; their lines reach the terminal one by one.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    ray.init(
-        logging_level=logging.WARNING,
-        log_to_driver=show_workers,
-    )
+    # Without "local" Ray would look for a cluster that was once started here, and wait minutes for one that is gone.
+    address = None if "RAY_ADDRESS" in os.environ else "local"
+    ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print lines of their own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
