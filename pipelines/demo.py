@@ -39,7 +39,7 @@ from pipelines.scoring import Scores, score_samples
 MODEL = "afa-shapes"
 PAGE_PICTURES = 48
 UNLABELLED_SEED = 1_000_003  # far from the seed of the shard set
-SIZE_PX = 64
+SIZE_PX = 65  # 8 n + 1: tokens are centred on pixels 0, 8, ... 64; at 64 every map would lie half a token off
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
