@@ -27,6 +27,7 @@ from afa_core.checkpoint import load_bundle
 from afa_core.data.shapes import draw
 from afa_core.data.shards import iterate_samples, load_dataset_index, shard_paths
 from afa_core.labelling import label_pictures
+from pipelines import cli
 from pipelines.scoring import score_bundle
 
 pytestmark = pytest.mark.usefixtures("local_ray", "tracking")
@@ -291,13 +292,17 @@ def test_labels_of_shards_take_their_tags(champion: str, shards: Path, tmp_path:
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_status_two(
-    words: list[str], said: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    said: str,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").touch()
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    printed = afa(*[str(shards) if word == "SHARDS" else word for word in words], status=2)
-    errors = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, printed
-    assert said in errors[0]
-    assert "Traceback" not in printed
+    assert cli.main([str(shards) if word == "SHARDS" else word for word in words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert said in error
+    assert "\n" not in error
