@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,12 +150,14 @@ def attach_or_open(
 def finish(trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfig, name: str) -> int:
     """Wait for the workers and record the outcome in the run."""
     try:
-        result = trainer.fit()
+        # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
+        result = ThreadPoolExecutor(1).submit(trainer.fit).result()
     except BaseException as error:
         reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
         logger.set_tags({"afa.status": "failed", "afa.error": f"{type(reason).__name__}: {reason}"[:500]})
         logger.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, KeyboardInterrupt):
+            ray.shutdown()  # ends the workers, and with them the thread
             raise KeyboardInterrupt(f"go on with --resume {name}") from None
         if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
             raise

@@ -149,6 +149,21 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_pat
     assert "there is a run at" in afa(*words, "--run-name", "killed", *longer, status=2)
 
 
+def test_ctrl_c_ends_training_with_a_word_on_how_to_go_on(shards: Path, tmp_path: Path) -> None:
+    words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path, "--run-name", "stopped"]
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, words), *overrides("optim.total_steps=1000")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not list((tmp_path / "stopped").glob("checkpoint_*")):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted: go on with --resume stopped" in error
+    run = MlflowClient().get_run(json.loads((tmp_path / "stopped" / "afa_run.json").read_text())["run_id"])
+    assert run.info.status == "KILLED"
+
+
 def test_a_non_finite_loss_stops_training_after_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     printed = afa(
         "train", shards, "--config", "shapes_cpu", "--storage", tmp_path, "--run-name", "diverges",
