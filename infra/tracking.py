@@ -90,6 +90,10 @@ class RunLogger:
         """Set run tags."""
         self._try("log_batch", self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
+    def reopen(self) -> None:
+        """Mark a run that goes on as running."""
+        self._try("update_run", self.run_id, "RUNNING")
+
     def finish(self, status: str) -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._try("set_terminated", self.run_id, status)

@@ -124,7 +124,10 @@ def attach_or_open(
         earlier = json.loads(record.read_text())
         if earlier["experiment"] != values or earlier["dataset_digest"] != dataset_digest(index):
             raise UsageError(f"run {folder.name} was started with another configuration or shard set: use the same")
-        return RunLogger.attach(uri, earlier["run_id"])
+        logger = RunLogger.attach(uri, earlier["run_id"])
+        logger.reopen()
+        logger.set_tags({"afa.status": "running"})
+        return logger
     if folder.exists():
         raise UsageError(f"there is a run at {folder} already: go on with --resume {folder.name} or name another")
     logger = open_run(
@@ -133,6 +136,7 @@ def attach_or_open(
         folder.name,
         {**values, "dataset": str(dataset)},
         {
+            "afa.status": "running",
             "afa.dataset_digest": dataset_digest(index),
             "afa.git_commit": git_commit(),
             "afa.val_data": str(dataset),
@@ -153,12 +157,14 @@ def finish(trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfi
         # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
         result = ThreadPoolExecutor(1).submit(trainer.fit).result()
     except BaseException as error:
-        reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
-        logger.set_tags({"afa.status": "failed", "afa.error": f"{type(reason).__name__}: {reason}"[:500]})
-        logger.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, KeyboardInterrupt):
+            logger.set_tags({"afa.status": "interrupted"})
+            logger.finish("KILLED")
             ray.shutdown()  # ends the workers, and with them the thread
             raise KeyboardInterrupt(f"go on with --resume {name}") from None
+        reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
+        logger.set_tags({"afa.status": "failed", "afa.error": f"{type(reason).__name__}: {reason}"[:500]})
+        logger.finish("FAILED")
         if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
             raise
         print(f"training failed: {type(reason).__name__}: {reason}", file=sys.stderr)
@@ -178,10 +184,12 @@ def finish(trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfi
 
 
 def git_commit() -> str:
-    """Commit of the code that runs, or "unknown" outside a checkout."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Commit of the code that runs, or "unknown" outside a checkout or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return answer.stdout.strip() or "unknown"
 
 

@@ -115,9 +115,8 @@ class Worker:
         terms = self._mean_over_workers(result.terms)
         try:
             check_finite(terms, self.step)
-        except NonFiniteLossError as error:
+        except NonFiniteLossError:
             self._save({"diverged": 1.0})  # the weights of before this step
-            self._log({}, {"afa.status": "diverged", "afa.error": str(error)})
             raise
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
@@ -216,7 +215,6 @@ class Worker:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
-    def _log(self, metrics: dict[str, float], tags: dict[str, str] | None = None) -> None:
+    def _log(self, metrics: dict[str, float]) -> None:
         if self.logger:
             self.logger.log_metrics(metrics, self.step)
-            self.logger.set_tags(tags or {})

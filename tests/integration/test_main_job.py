@@ -145,6 +145,7 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_pat
     assert f"MLflow run {first}" in printed
     steps = [point.step for point in MlflowClient().get_metric_history(first, "val.cam_miou")]
     assert steps[-1] == 16
+    assert MlflowClient().get_run(first).info.status == "FINISHED"
     assert len(steps) >= 8
     assert "there is a run at" in afa(*words, "--run-name", "killed", *longer, status=2)
 
