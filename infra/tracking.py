@@ -27,6 +27,7 @@ from infra.errors import ServiceError
 TrackingFailure = (MlflowException, OSError)
 MAX_PARAM_CHARACTERS = 6000
 BATCH = 90
+METRICS_BATCH = 900  # MLflow takes at most 1000 at once
 
 _log = logging.getLogger(__name__)
 
@@ -74,10 +75,16 @@ class RunLogger:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record finite and non-finite numbers alike at a step."""
+        self.log_history({step: metrics})
+
+    def log_history(self, history: Mapping[int, Mapping[str, float]]) -> None:
+        """Record the numbers of several steps in few requests."""
         now = int(time.time() * 1000)
-        self._try(
-            "log_batch", self.run_id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()]
-        )
+        points = [
+            Metric(key, float(value), now, step) for step, metrics in history.items() for key, value in metrics.items()
+        ]
+        for start in range(0, len(points), METRICS_BATCH):
+            self._try("log_batch", self.run_id, metrics=points[start : start + METRICS_BATCH])
 
     def log_picture(self, png: bytes, artifact_path: str) -> None:
         """Store a PNG file under ``artifact_path`` of the run."""

@@ -83,6 +83,7 @@ class Worker:
         self.step = self._resume()
         self.forward = self._wrap()
         torch.manual_seed(experiment.train.seed + 1 + self.rank)
+        self.history: dict[int, dict[str, float]] = {}  # what each step recorded since it was last sent
         self.logger = RunLogger.attach(settings.tracking_uri, settings.run_id) if self.rank == 0 else None
         self.progress = Progress("step", experiment.optim.total_steps, self.step, window=experiment.train.log_every)
 
@@ -97,6 +98,7 @@ class Worker:
             self._train_step(next(batches))
             self.step += 1
             if self.step % train.eval_every == 0 or self.step == total:
+                self._log_history()
                 self._save(self._evaluate())
                 self.progress.pause()
 
@@ -113,9 +115,13 @@ class Worker:
             forward=self.forward,
         )
         terms = self._mean_over_workers(result.terms)
+        losses = {f"loss.{name}": float(value) for name, value in terms.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.history[self.step] = {**losses, "lr": lr, "images_per_s": self.progress.images_per_s()}
         try:
             check_finite(terms, self.step)
         except NonFiniteLossError:
+            self._log_history()
             self._save({"diverged": 1.0})  # the weights of before this step
             raise
         self.optimizer.zero_grad(set_to_none=True)
@@ -123,9 +129,7 @@ class Worker:
         self.optimizer.step()
         self.progress.count(len(batch.image) * self.world_size)
         if self.step % experiment.train.log_every == 0:
-            losses = {f"loss.{name}": float(value) for name, value in terms.items()}
-            rate, lr = self.progress.images_per_s(), self.optimizer.param_groups[0]["lr"]
-            self._log({**losses, "lr": lr, "images_per_s": rate})
+            self._log_history()
             self._say(self.progress.line(result.phase.value, {**losses, "lr": lr}))
 
     def _evaluate(self) -> dict[str, float]:
@@ -142,9 +146,10 @@ class Worker:
         scores.all_reduce(self.device)
         summary = scores.summary()
         self._say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items()))
-        self._log({f"val.{name}": value for name, value in summary.items()})
-        if self.logger and rows:
-            self.logger.log_picture(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
+        if self.logger:
+            self.logger.log_metrics({f"val.{name}": value for name, value in summary.items()}, self.step)
+            if rows:
+                self.logger.log_picture(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
         return summary
 
     def _batches(self) -> Iterator[Batch]:
@@ -215,6 +220,8 @@ class Worker:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log_history(self) -> None:
+        """Send every step's numbers; together, so that a step does not wait for the tracking server."""
         if self.logger:
-            self.logger.log_metrics(metrics, self.step)
+            self.logger.log_history(self.history)
+        self.history.clear()

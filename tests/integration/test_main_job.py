@@ -102,7 +102,7 @@ def test_a_finished_run_has_losses_scores_pictures_and_a_checkpoint(run_id: str,
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.total_steps"] == "6"
     assert not [key for key in run.data.params if key.startswith("tracking")]  # may hold a password
-    assert [point.step for point in client.get_metric_history(run_id, "loss.cls")] == [0, 2, 4]
+    assert [point.step for point in client.get_metric_history(run_id, "loss.cls")] == [0, 1, 2, 3, 4, 5]
     assert [point.step for point in client.get_metric_history(run_id, "val.segmentation_miou")] == [3, 6]
     wanted = {"loss.seg", "loss.aff", "lr", "images_per_s", "val.cam_miou", "val.affinity_cam_miou", "val.tag_f1"}
     assert wanted <= set(run.data.metrics)
