@@ -76,13 +76,13 @@ def pack(
     check_key(picture.key)
     if not picture.mask_classes:
         return _pack_drawn(picture)
-    data, extension = _read_picture(picture), Path(picture.path).suffix.lower().lstrip(".")
+    data, extension = _read_file(picture.path), Path(picture.path).suffix.lower().lstrip(".")
     height, width = decode_image(data, max_megapixels).shape[:2]
-    mask = Path(picture.mask).read_bytes() if picture.mask else None
+    mask = _read_file(picture.mask) if picture.mask else None
     if picture.tags is not None:
         tags = picture.tags
     elif picture.annotation:
-        tags = annotation_tags(picture.annotation)
+        tags = annotation_tags(_read_file(picture.annotation))
     elif mask is not None:
         tags = mask_tags(mask, picture.mask_classes)
     else:
@@ -97,15 +97,20 @@ def pack(
     return encode_sample(picture.key, data, extension, facts, seg), tags
 
 
-def _read_picture(picture: PictureRef) -> bytes:
-    if ".." in Path(picture.path).parts:
-        raise BadSample("bad_path", picture.path)
+def _read_file(path: str) -> bytes:
+    """A picture, mask or annotation.
+
+    Raises:
+        BadSample: ``bad_path``, ``missing_file`` or ``unreadable``.
+    """
+    if ".." in Path(path).parts:
+        raise BadSample("bad_path", path)
     try:
-        return Path(picture.path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise BadSample("missing_file", picture.path) from error
+        raise BadSample("missing_file", path) from error
     except OSError as error:
-        raise BadSample("unreadable", f"{picture.path}: {error.strerror}") from error
+        raise BadSample("unreadable", f"{path}: {error.strerror}") from error
 
 
 def _to_class_list(label: NDArray[np.uint8], mask_classes: Sequence[str], classes: Sequence[str]) -> NDArray[np.uint8]:

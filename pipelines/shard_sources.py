@@ -85,13 +85,12 @@ def _read_list(root: Path, name: str) -> list[str]:
     return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
 
-def annotation_tags(path: str) -> tuple[str, ...]:
+def annotation_tags(data: bytes) -> tuple[str, ...]:
     """Class names in a VOC annotation.
 
     Raises:
         BadSample: ``bad_annotation``; XML that declares entities is refused.
     """
-    data = Path(path).read_bytes()
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
         raise BadSample("bad_annotation", "declares a document type")
     try:

@@ -145,6 +145,11 @@ def test_voc_takes_tags_from_annotations_else_from_masks(
     found = samples(tmp_path / "out")
     assert {key: sample.tags for key, sample in found.items()} == {"xml": ("dog",), "mask": ("cat", "dog")}
     assert "bad_annotation: 2" in capsys.readouterr().out
+    # A file that is there but cannot be read is a reason, too. (A folder, because root may read every file.)
+    (voc / "JPEGImages" / "xml.jpg").unlink()
+    (voc / "JPEGImages" / "xml.jpg").mkdir()
+    assert afa("shards", "voc", voc, tmp_path / "out", "--overwrite") == 0
+    assert "unreadable: 1" in capsys.readouterr().out
 
 
 def test_other_classes_of_a_mask_become_ignored_not_background(voc: Path, tmp_path: Path) -> None:
