@@ -1,0 +1,320 @@
+"""Objects by URI: ``s3://BUCKET/KEY``, or a path of this machine.
+
+One client per process, made on first use. Credentials come by the usual AWS chain, an endpoint from AWS_ENDPOINT_URL.
+botocore retries a request with back-off and jitter; a body that is cut short is fetched anew here. Nothing writes half
+an object: a local file gets its name when it is whole, an S3 object is there when its upload is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from infra.errors import ServiceError
+
+S3 = "s3://"
+ATTEMPTS = 8
+CONNECTIONS = 32
+LISTING_THREADS = 16
+PARTIAL = ".partial"  # ends the name of a local file that is still being written
+
+_MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
+_FORBIDDEN = frozenset({"403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState"})
+# Wrong for every object alike: the job has to stop, not to call each object bad.
+_WRONG_FOR_ALL = frozenset(
+    {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+    | {"NoCredentialsError", "PartialCredentialsError"}
+)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What a listing knows of an object.
+
+    Attributes:
+        uri: of the object.
+        size: bytes.
+        etag: changes with the content: S3's ETag, or size and time of a local file.
+        modified: seconds since 1970, by the clock of the store.
+    """
+
+    uri: str
+    size: int
+    etag: str
+    modified: float
+
+
+class ObjectError(Exception):
+    """One object cannot be read.
+
+    Attributes:
+        reason: ``missing_object``, ``forbidden``, ``unavailable`` (the store does not answer) or ``unreadable``.
+        detail: what the store said.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def join(prefix: str, name: str) -> str:
+    """URI of ``name`` below ``prefix``."""
+    return f"{prefix.rstrip('/')}/{name}"
+
+
+def list_objects(prefix: str) -> Iterator[StoredObject]:
+    """Every object below a prefix, once and in any order, with memory that does not grow with their number.
+
+    S3 prefixes that have sub-prefixes are listed in parallel. Local files: hidden ones count, links to nowhere do not.
+
+    Raises:
+        ServiceError: the bucket or folder is not there, or not readable.
+    """
+    return _list_s3(prefix) if prefix.startswith(S3) else _list_local(Path(prefix))
+
+
+def find_object(uri: str) -> StoredObject | None:
+    """What is known of one object; None if there is none of that name.
+
+    Raises:
+        ServiceError: the store does not answer, or refuses.
+    """
+    if not uri.startswith(S3):
+        path = Path(uri)
+        return _stored_file(uri, path.stat()) if path.is_file() else None
+    bucket, key = _split(uri)
+    if not key:
+        return None
+    try:
+        facts = _client().head_object(Bucket=bucket, Key=key)
+    except _s3_errors() as error:
+        if _code(error) in _MISSING:
+            return None
+        raise ServiceError(f"cannot read {uri}: {_code(error)}") from error
+    return _s3_object(uri, facts, facts["ContentLength"])
+
+
+def read_object(uri: str) -> tuple[bytes, str]:
+    """The bytes of an object and its etag.
+
+    Raises:
+        ObjectError: it cannot be read.
+        ServiceError: nothing can be read from this store.
+    """
+    if not uri.startswith(S3):
+        return _read_local(uri)
+    bucket, key = _split(uri)
+    for attempt in range(ATTEMPTS):
+        try:
+            answer = _client().get_object(Bucket=bucket, Key=key)
+            return answer["Body"].read(), _s3_object(uri, answer, answer["ContentLength"]).etag
+        except _cut_short():
+            time.sleep(random.uniform(0, min(10.0, 0.1 * 2**attempt)))
+        except _s3_errors() as error:
+            raise _read_error(uri, error) from error
+    raise ObjectError("unavailable", f"{uri}: the connection was cut {ATTEMPTS} times")
+
+
+def write_object(uri: str, data: bytes) -> None:
+    """Put an object in place of what was there.
+
+    Raises:
+        ServiceError: the store does not take it.
+    """
+    try:
+        if not uri.startswith(S3):
+            _write_local(Path(uri), data)
+            return
+        bucket, key = _split(uri)
+        _client().put_object(Bucket=bucket, Key=key, Body=data)
+    except _write_errors() as error:
+        raise ServiceError(f"cannot write {uri}: {_code(error)}") from error
+
+
+def delete_object(uri: str) -> None:
+    """Delete an object; one that is not there is no error.
+
+    Raises:
+        ServiceError: the store refuses.
+    """
+    try:
+        if not uri.startswith(S3):
+            Path(uri).unlink(missing_ok=True)
+            return
+        bucket, key = _split(uri)
+        _client().delete_object(Bucket=bucket, Key=key)
+    except _write_errors() as error:
+        raise ServiceError(f"cannot delete {uri}: {_code(error)}") from error
+
+
+def _read_local(uri: str) -> tuple[bytes, str]:
+    try:
+        with Path(uri).open("rb") as stream:
+            return stream.read(), _stored_file(uri, os.fstat(stream.fileno())).etag
+    except FileNotFoundError as error:
+        raise ObjectError("missing_object", uri) from error
+    except PermissionError as error:
+        raise ObjectError("forbidden", uri) from error
+    except OSError as error:
+        raise ObjectError("unreadable", f"{uri}: {error.strerror}") from error
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=PARTIAL, delete=False) as stream:
+        partial_path = Path(stream.name)
+        try:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except BaseException:
+            partial_path.unlink(missing_ok=True)
+            raise
+    partial_path.chmod(0o644)  # temporary files are private
+    partial_path.replace(path)
+
+
+def _list_local(folder: Path) -> Iterator[StoredObject]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _list_local(Path(entry.path))
+                elif entry.is_file():
+                    yield _stored_file(entry.path, entry.stat())
+    except FileNotFoundError as error:
+        raise ServiceError(f"cannot list {folder}: no such folder") from error
+    except OSError as error:
+        raise ServiceError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def _stored_file(uri: str, facts: os.stat_result) -> StoredObject:
+    return StoredObject(uri, facts.st_size, f"{facts.st_size:x}-{facts.st_mtime_ns:x}", facts.st_mtime)
+
+
+def _list_s3(prefix: str) -> Iterator[StoredObject]:
+    """Pages of several prefixes at a time; at most ``LISTING_THREADS`` pages are held."""
+    bucket, key = _split(prefix)
+    _client()  # made before the threads would race for it
+    waiting: list[Callable[[], _Page]] = [partial(_page, bucket, f"{key.rstrip('/')}/" if key else "", "/")]
+    running: set[Future[_Page]] = set()
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < LISTING_THREADS:
+                    running.add(pool.submit(waiting.pop()))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    page = future.result()
+                    waiting += page.further
+                    yield from page.objects
+        except _s3_errors() as error:
+            raise ServiceError(f"cannot list {prefix}: {_code(error)}") from error
+        finally:
+            for future in running:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Up to 1,000 objects, and the calls that give what lies behind and below them."""
+
+    objects: list[StoredObject]
+    further: list[Callable[[], _Page]]
+
+
+def _page(bucket: str, prefix: str, delimiter: str, token: str | None = None) -> _Page:
+    """One page of a prefix.
+
+    With a delimiter its sub-prefixes come as calls of their own. A prefix whose first page is full of sub-prefixes
+    is listed as one stream instead: it has so many that a call for each would be slower.
+    """
+    words = {"ContinuationToken": token} if token else {}
+    answer = _client().list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter=delimiter, **words)
+    below = [item["Prefix"] for item in answer.get("CommonPrefixes", ())]
+    next_token = answer.get("NextContinuationToken")
+    if below and next_token and not token:
+        return _page(bucket, prefix, "")
+    objects = [
+        _s3_object(f"{S3}{bucket}/{item['Key']}", item, item["Size"])
+        for item in answer.get("Contents", ())
+        if not item["Key"].endswith("/")  # what consoles make to show a folder
+    ]
+    further: list[Callable[[], _Page]] = [partial(_page, bucket, name, delimiter) for name in below]
+    if next_token:
+        further.append(partial(_page, bucket, prefix, delimiter, next_token))
+    return _Page(objects, further)
+
+
+def _s3_object(uri: str, facts: dict[str, Any], size: int) -> StoredObject:
+    """Some servers keep no ETag: then size and time stand in, to the second, as answers to GET tell no more."""
+    modified = facts["LastModified"].timestamp()
+    etag = facts.get("ETag", "").strip('"') or f"{size:x}-{int(modified):x}"
+    return StoredObject(uri, size, etag, modified)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(S3).partition("/")
+    if not bucket:
+        raise ServiceError(f"{uri!r} names no bucket: write s3://BUCKET/PREFIX")
+    return bucket, key
+
+
+@lru_cache(maxsize=1)
+def _client() -> Any:
+    # Imported on first use: who works on local paths does not wait for it.
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
+        max_pool_connections=CONNECTIONS,
+        connect_timeout=10,
+        read_timeout=30,
+        # Servers other than Amazon's often know no checksum trailers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return ClientError, BotoCoreError
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    return OSError, *_s3_errors()
+
+
+def _cut_short() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    return IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+
+def _read_error(uri: str, error: Exception) -> Exception:
+    code = _code(error)
+    if code in _WRONG_FOR_ALL:
+        return ServiceError(f"cannot read {uri}: {code}")
+    reason = "missing_object" if code in _MISSING else "forbidden" if code in _FORBIDDEN else "unavailable"
+    return ObjectError(reason, f"{uri}: {code}")
+
+
+def _code(error: Exception) -> str:
+    """S3's error code, or what else is known; no URL of the request, which may be signed."""
+    response = getattr(error, "response", None)
+    if response:
+        return str(response.get("Error", {}).get("Code", "error"))
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else type(error).__name__

@@ -1,0 +1,57 @@
+"""A real S3 server for tests: JuiceFS' gateway (MinIO's code) over a local folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ACCESS_KEY, SECRET_KEY = "afa-tests", "afa-tests-secret"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Endpoint of a server that keeps its objects below ``folder``."""
+    program = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program, "juicefs is not installed: it comes with the dev extra"
+    meta = f"sqlite3://{folder}/meta.db"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([program, "format", meta, "tests", "--storage", "file", "--bucket", f"{folder}/data/"],
+                   check=True, **quiet)  # type: ignore[call-overload]  # fmt: skip
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
+    command = [program, "gateway", meta, address, "--multi-buckets", "--no-usage-report",
+               "--cache-dir", f"{folder}/cache", "--cache-size", "64"]  # fmt: skip
+    with subprocess.Popen(command, env=environment, **quiet) as process:  # type: ignore[call-overload]
+        try:
+            _wait_until_ready(f"http://{address}/minio/health/live")
+            yield f"http://{address}"
+        finally:
+            process.terminate()
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(f"no answer from {url}")
