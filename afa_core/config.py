@@ -147,3 +147,5 @@ class LabelConfig:
     # Larger pictures are labelled at this long side and the mask is brought back.
     max_side_px: Annotated[int, Ge(64)] = 512
     max_megapixels: Positive = 100.0
+    # Larger files are not even fetched.
+    max_file_mb: Positive = 256.0

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from afa_core.cam import resize
@@ -28,6 +29,9 @@ from afa_core.pseudo_label import BackgroundScores, RefinedMaps, make_pseudo_lab
 
 # The finest grid must not be smaller than the reduction of the first stage's attention: 8 tokens of 4 pixels.
 SMALLEST_SIDE_PX = 32
+
+# Pictures so many times the working size are averaged over blocks before they become floats.
+BLOCK_ABOVE = 4
 
 Pixels = NDArray[np.uint8]
 
@@ -58,14 +62,40 @@ class PictureLabel:
     disagreement: float
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class WorkingPicture:
+    """A picture at the size it is labelled at; its full-size pixels are given up.
+
+    Attributes:
+        image: normalised float32 [3, h, w].
+        full_size: H, W of the picture, which its label will have.
+    """
+
+    image: Tensor
+    full_size: tuple[int, int]
+
+
+def to_working_picture(pixels: Pixels, max_side_px: int) -> WorkingPicture:
+    """Shrink uint8 [H, W, 3] so that its long side is at most ``max_side_px``.
+
+    Far larger ones are first averaged over whole blocks of pixels, as bytes: as floats they would need gigabytes.
+    """
+    height, width = pixels.shape[:2]
+    size = working_size(height, width, max_side_px)
+    factor = max(height, width) // (BLOCK_ABOVE * max_side_px)
+    if factor > 1:
+        reduced = Image.fromarray(pixels).reduce((min(factor, width), min(factor, height)))
+        pixels = np.asarray(reduced)
+    return WorkingPicture(_shrunk(normalise(pixels), size), (height, width))
+
+
 def label_pictures(
     bundle: Bundle,
     images: Sequence[Pixels],
     tags: Sequence[Sequence[str] | None],
     label_config: LabelConfig | None = None,
 ) -> list[PictureLabel]:
-    """Label pictures; those that are worked on at the same size share a batch.
+    """Label pictures.
 
     Args:
         bundle: the model, on the device to use.
@@ -74,14 +104,23 @@ def label_pictures(
         label_config: None takes the bundle's.
     """
     config = label_config or bundle.label_config
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for index, image in enumerate(images):
-        by_size.setdefault(working_size(image.shape[0], image.shape[1], config.max_side_px), []).append(index)
+    pictures = [to_working_picture(image, config.max_side_px) for image in images]
+    return label_working_pictures(bundle, pictures, tags, config)
+
+
+@torch.no_grad()
+def label_working_pictures(
+    bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
+) -> list[PictureLabel]:
+    """Label pictures; those of the same working size share a batch."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        by_size.setdefault(tuple(picture.image.shape[1:]), []).append(index)
     labels: dict[int, PictureLabel] = {}
-    for size, members in by_size.items():
-        made = _label_batch(bundle, [images[i] for i in members], [tags[i] for i in members], size, config)
+    for members in by_size.values():
+        made = _label_batch(bundle, [pictures[i] for i in members], [tags[i] for i in members], config)
         labels.update(zip(members, made, strict=True))
-    return [labels[index] for index in range(len(images))]
+    return [labels[index] for index in range(len(pictures))]
 
 
 def working_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
@@ -100,15 +139,15 @@ def background_scores(bundle: Bundle, config: LabelConfig) -> BackgroundScores:
 
 def _label_batch(
     bundle: Bundle,
-    images: Sequence[Pixels],
+    pictures: Sequence[WorkingPicture],
     tags: Sequence[Sequence[str] | None],
-    size: tuple[int, int],
     config: LabelConfig,
 ) -> list[PictureLabel]:
     device = next(bundle.model.parameters()).device
-    image = torch.stack([_shrunk(normalise(pixels), size) for pixels in images])
+    image = torch.stack([picture.image for picture in pictures])
+    height, width = image.shape[2:]
     image = pad_small(image, bundle.cam_config.scales).to(device)
-    boxes = torch.tensor([[0, size[0], 0, size[1]]]).expand(len(images), 4)
+    boxes = torch.tensor([[0, height, 0, width]]).expand(len(pictures), 4)
     output = bundle.model(image)
     predicted = (output.class_logits.sigmoid() > config.tag_probability).float().cpu()
     cls_label = torch.stack(
@@ -131,23 +170,23 @@ def _label_batch(
     invalid = ~valid_channels(cls_label)[:, :, None, None]
     seg_label = resize(output.seg_logits.masked_fill(invalid, -torch.inf), image.shape[2:]).argmax(1)
     return [
-        _picture_label(bundle, images[index], given, cls_label[index], made.refined_affinity, seg_label, index, size)
+        _picture_label(bundle, pictures[index], given, cls_label[index], made.refined_affinity, seg_label, index)
         for index, given in enumerate(tags)
     ]
 
 
 def _picture_label(
     bundle: Bundle,
-    pixels: Pixels,
+    picture: WorkingPicture,
     given: Sequence[str] | None,
     cls_label: Tensor,
     refined: RefinedMaps,
     seg_label: Tensor,
     index: int,
-    size: tuple[int, int],
 ) -> PictureLabel:
-    inside = (index, slice(0, size[0]), slice(0, size[1]))
-    label, maps = refined.label[inside], refined.low[index, :, : size[0], : size[1]]
+    height, width = picture.image.shape[1:]
+    inside = (index, slice(0, height), slice(0, width))
+    label, maps = refined.label[inside], refined.low[index, :, :height, :width]
     decided = label != IGNORE_INDEX
     share = maps / maps.sum(0).clamp(min=1e-8)
     names = cls_label_to_tags(cls_label, bundle.classes)
@@ -158,10 +197,9 @@ def _picture_label(
         area[name] = float(here.float().mean())
         if here.any():
             confidence[name] = float(share[channel][here].mean())
-    full = F.interpolate(label[None, None].float(), size=pixels.shape[:2], mode="nearest")[0, 0]
     differing = (label != seg_label[inside]) & decided
     return PictureLabel(
-        label=full.to(torch.uint8).cpu().numpy(),
+        label=to_full_size(label.to(torch.uint8).cpu().numpy(), picture.full_size),
         tags=tuple(names),
         tags_given=given is not None,
         unknown_tags=tuple(tag for tag in given or () if tag not in bundle.classes),
@@ -170,6 +208,12 @@ def _picture_label(
         ignored_share=float((~decided).float().mean()),
         disagreement=float(differing.sum() / decided.sum().clamp(min=1)),
     )
+
+
+def to_full_size(label: Pixels, full_size: tuple[int, int]) -> Pixels:
+    """Label map [h, w] -> [H, W]: each pixel takes the nearest one's class, as bytes all the way."""
+    rows, columns = (np.arange(full) * small // full for full, small in zip(full_size, label.shape, strict=True))
+    return label if label.shape == full_size else label[rows][:, columns]
 
 
 def _shrunk(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,8 +7,10 @@ an object: a local file gets its name when it is whole, an S3 object is there wh
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 from infra.errors import ServiceError
 
@@ -24,6 +26,7 @@ S3 = "s3://"
 ATTEMPTS = 8
 CONNECTIONS = 32
 LISTING_THREADS = 16
+CHUNK_BYTES = 2**20
 PARTIAL = ".partial"  # ends the name of a local file that is still being written
 
 _MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -33,8 +36,6 @@ _WRONG_FOR_ALL = frozenset(
     {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
     | {"NoCredentialsError", "PartialCredentialsError"}
 )
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,28 @@ def list_objects(prefix: str) -> Iterator[StoredObject]:
     return _list_s3(prefix) if prefix.startswith(S3) else _list_local(Path(prefix))
 
 
+def list_folders(prefix: str) -> list[str]:
+    """URIs of the folders directly below a prefix, sorted; none if there is no such prefix.
+
+    Raises:
+        ServiceError: the store does not answer, or refuses.
+    """
+    if not prefix.startswith(S3):
+        folder = Path(prefix)
+        return sorted(str(path) for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    bucket, key = _split(prefix)
+    try:
+        pages = (
+            _client()
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=bucket, Prefix=f"{key.rstrip('/')}/" if key else "", Delimiter="/")
+        )
+        names = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+    except _s3_errors() as error:
+        raise ServiceError(f"cannot list {prefix}: {_code(error)}") from error
+    return sorted(f"{S3}{bucket}/{name.rstrip('/')}" for name in names)
+
+
 def find_object(uri: str) -> StoredObject | None:
     """What is known of one object; None if there is none of that name.
 
@@ -111,14 +134,45 @@ def read_object(uri: str) -> tuple[bytes, str]:
         ObjectError: it cannot be read.
         ServiceError: nothing can be read from this store.
     """
+    stream = io.BytesIO()
+    etag = _copy(uri, stream)
+    return stream.getvalue(), etag
+
+
+def fetch_file(uri: str, scratch: Path) -> tuple[Path, str]:
+    """An object as a file, and its etag: the file itself where it is local, else a copy in ``scratch``.
+
+    Raises:
+        ObjectError: it cannot be read.
+        ServiceError: nothing can be read from this store.
+    """
     if not uri.startswith(S3):
-        return _read_local(uri)
+        found = find_object(uri)
+        if found is None:
+            raise ObjectError("missing_object", uri)
+        return Path(uri), found.etag
+    path = scratch / uri.rsplit("/", 1)[1]
+    with path.open("wb") as stream:
+        return path, _copy(uri, stream)
+
+
+def _copy(uri: str, stream: BinaryIO) -> str:
+    """Append an object to a stream; the part behind a cut is asked for by its range, if it is still the same object."""
+    if not uri.startswith(S3):
+        return _copy_local(uri, stream)
     bucket, key = _split(uri)
+    words: dict[str, str] = {}
     for attempt in range(ATTEMPTS):
         try:
-            answer = _client().get_object(Bucket=bucket, Key=key)
-            return answer["Body"].read(), _s3_object(uri, answer, answer["ContentLength"]).etag
+            answer = _client().get_object(Bucket=bucket, Key=key, **words)
+            if "ETag" in answer:
+                words["IfMatch"] = answer["ETag"]
+            whole = int(answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"])
+            for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
+                stream.write(chunk)
+            return _s3_object(uri, answer, whole).etag
         except _cut_short():
+            words["Range"] = f"bytes={stream.tell()}-"
             time.sleep(random.uniform(0, min(10.0, 0.1 * 2**attempt)))
         except _s3_errors() as error:
             raise _read_error(uri, error) from error
@@ -157,10 +211,22 @@ def delete_object(uri: str) -> None:
         raise ServiceError(f"cannot delete {uri}: {_code(error)}") from error
 
 
-def _read_local(uri: str) -> tuple[bytes, str]:
+def remove_folder(prefix: str) -> None:
+    """Delete every object below a prefix, if there is any.
+
+    Raises:
+        ServiceError: the store refuses.
+    """
+    if prefix.startswith(S3) or Path(prefix).is_dir():
+        for found in list(list_objects(prefix)):
+            delete_object(found.uri)
+
+
+def _copy_local(uri: str, stream: BinaryIO) -> str:
     try:
-        with Path(uri).open("rb") as stream:
-            return stream.read(), _stored_file(uri, os.fstat(stream.fileno())).etag
+        with Path(uri).open("rb") as source:
+            shutil.copyfileobj(source, stream)
+            return _stored_file(uri, os.fstat(source.fileno())).etag
     except FileNotFoundError as error:
         raise ObjectError("missing_object", uri) from error
     except PermissionError as error:

@@ -22,7 +22,8 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "evaluate": ("pipelines.evaluate", "", "score a model on shards with masks"),
     "register": ("pipelines.promote", "register", "make a run's best checkpoint a version in the registry"),
     "models": ("pipelines.promote", "models", "list registered models, aliases and scores"),
-    "label": ("pipelines.pseudo_label", "", "write masks for a folder of pictures or a shard set"),
+    "label": ("pipelines.pseudo_label", "", "write masks for a store of pictures or shards"),
+    "verify-labels": ("pipelines.verify_labels", "", "prove that a label set lost nothing and has nothing twice"),
     "demo": ("pipelines.demo", "", "the whole job on built-in data, in a few minutes"),
 }
 

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from afa_core.data.sample import Sample, decode_seg_label
 from afa_core.data.shapes import draw
 from afa_core.metrics import ConfusionMatrix
 from pipelines.errors import UsageError
+from pipelines.label_set import committed_units, find_run
 from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
 from pipelines.page import Card, render_page
@@ -189,18 +189,5 @@ class Demo:
 
 def read_label_set(folder: Path) -> dict[str, tuple[NDArray[np.uint8], dict[str, Any]]]:
     """Masks and facts by key, of every unit of a label set."""
-    members: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if stream is not None:
-                    members[member.name] = stream.read()
-    return {
-        name.removesuffix(".png"): (
-            decode_seg_label(data),
-            json.loads(members[name.removesuffix(".png") + ".json"]),
-        )
-        for name, data in members.items()
-        if name.endswith(".png")
-    }
+    members = {key: value for unit in committed_units(find_run(str(folder))) for key, value in unit.members().items()}
+    return {key: (decode_seg_label(mask), facts) for key, (mask, facts) in sorted(members.items())}

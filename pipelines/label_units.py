@@ -1,166 +1,208 @@
-"""Work units of batch labelling: what is scheduled, committed and resumed.
+"""One work unit of batch labelling: its inputs read and decoded, its output written and committed.
 
-A unit is a bounded list of pictures, or one shard. Its output is three files in the label set: ``UNIT.tar`` (masks and
-what is known about them), ``UNIT.parquet`` (a row for every input) and, written last, the commit marker
-``UNIT.done.json``. Each appears whole under its name or not at all; a unit without its marker does not exist.
+Reading runs ahead in a few threads and holds a bounded number of compressed pictures; decoding and labelling take them
+in order. Output names derive from the content, so an attempt that was cut off leaves nothing that counts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
+import tempfile
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
-from afa_core.data.sample import PICTURE_SUFFIXES, BadSample, Sample, decode_sample, path_to_key
+from afa_core.config import LabelConfig
+from afa_core.data.sample import BadSample, check_key, decode_sample
 from afa_core.data.shards import BadShard, iterate_shard
-from afa_core.errors import InputError
+from afa_core.labelling import WorkingPicture, to_working_picture
+from infra.errors import ServiceError
+from infra.object_store import ObjectError, fetch_file, read_object, write_object
+from pipelines.inventory import Unit, is_shard, unit_rows
+from pipelines.label_set import MANIFEST, MARKER, Counts, label_uri, write_json
+from pipelines.label_sources import Listed
 
-MARKER = ".done.json"
-MANIFEST = pa.schema(
-    [
-        ("key", pa.string()),
-        ("uri", pa.string()),
-        ("status", pa.string()),  # ok | quarantined
-        ("reason", pa.string()),  # code of a quarantined row
-        ("detail", pa.string()),
-        ("tags", pa.list_(pa.string())),
-        ("tags_source", pa.string()),  # given | predicted
-        ("unknown_tags", pa.list_(pa.string())),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("ignored_share", pa.float32()),
-        ("disagreement", pa.float32()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Name of a unit and its inputs: one shard, or pictures by (key, path)."""
-
-    name: str
-    shard: str | None = None
-    pictures: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass
-class Counts:
-    """What became of a unit's inputs."""
-
-    images: int = 0
-    labels: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def quarantined(self) -> int:
-        return self.images - self.labels
-
-    def add(self, other: Counts) -> None:
-        """Count another unit in."""
-        self.images += other.images
-        self.labels += other.labels
-        for reason, count in other.reasons.items():
-            self.reasons[reason] = self.reasons.get(reason, 0) + count
-
-
-def plan_units(source: Path, unit_size: int) -> list[Unit]:
-    """Units of a shard, a folder of shards, or a folder of pictures, in an order that never changes.
-
-    Raises:
-        InputError: there is nothing to label.
-    """
-    if source.is_file() and source.suffix == ".tar":
-        return [Unit(name=source.stem, shard=str(source))]
-    if not source.is_dir():
-        raise InputError(f"no such input: {source}; give a folder of pictures, a folder of shards or a .tar shard")
-    if shards := sorted(source.glob("*.tar")):
-        return [Unit(name=shard.stem, shard=str(shard)) for shard in shards]
-    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    if not paths:
-        raise InputError(f"{source} holds neither pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) nor .tar shards")
-    pictures = list(_keyed(paths, source))
-    return [
-        Unit(name=f"unit-{start // unit_size:06d}", pictures=tuple(pictures[start : start + unit_size]))
-        for start in range(0, len(pictures), unit_size)
-    ]
-
-
-def _keyed(paths: list[Path], root: Path) -> Iterator[tuple[str, str]]:
-    """Keys from relative paths; a WebDataset key ends at its first dot, and ``a.jpg`` may lie beside ``a.png``."""
-    taken: set[str] = set()
-    for path in paths:
-        relative = path.relative_to(root)
-        key = path_to_key(relative)
-        if key in taken:
-            key = relative.as_posix().replace(".", "_")
-        while key in taken:
-            key += "_"
-        taken.add(key)
-        yield key, str(path)
+READERS = 8
+# So many unanswered objects in a row are no longer the objects' fault.
+OUTAGE = 16
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a unit: decoded, or the reason why not."""
+    """One input of a unit: decoded, or the reason why not.
+
+    Attributes:
+        key: of the label; below the shard's key for a sample of a shard.
+        parent: key of the inventory row it comes from.
+        uri: where it is.
+        etag: of what was read.
+        picture: decoded, at its working size; None if it could not be.
+        tags: given ones; None where there are none.
+        reason: stable code, if so.
+        detail: what exactly.
+    """
 
     key: str
+    parent: str
     uri: str
-    sample: Sample | None
+    etag: str
+    picture: WorkingPicture | None
+    tags: tuple[str, ...] | None = None
     reason: str = ""
     detail: str = ""
 
 
-def read_unit(unit: Unit, classes: tuple[str, ...], max_megapixels: float) -> Iterator[Input]:
-    """Every input of a unit, decoded one by one; bad ones come with their reason."""
-    for key, uri, raw in _raw_samples(unit):
-        if isinstance(raw, BadSample):
-            yield Input(key, uri, None, raw.reason, raw.detail)
-            continue
-        try:
-            yield Input(key, uri, decode_sample(raw, classes, max_megapixels))
-        except BadSample as bad:
-            yield Input(key, uri, None, bad.reason, bad.detail)
+@dataclass
+class StageSeconds:
+    """Where a unit's time goes."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    label: float = 0.0
+    write: float = 0.0
 
 
-def _raw_samples(unit: Unit) -> Iterator[tuple[str, str, dict[str, Any] | BadSample]]:
-    """(key, URI, members) of every input; a reason in place of the members where they cannot be read."""
-    if unit.shard is None:
-        for key, path in unit.pictures:
-            suffix = Path(path).suffix.lower().lstrip(".")
-            try:
-                yield key, path, {"__key__": key, suffix: Path(path).read_bytes()}
-            except OSError as error:
-                yield key, path, BadSample("unreadable", error.strerror or str(error))
-        return
-    seen: set[str] = set()
+@dataclass(frozen=True)
+class _Raw:
+    """An input before it is decoded: members of a sample, or why there are none."""
+
+    key: str
+    parent: str
+    uri: str
+    etag: str
+    members: dict[str, Any] | BadSample
+
+
+def read_unit(unit: Unit, classes: tuple[str, ...], config: LabelConfig, seconds: StageSeconds) -> Iterator[Input]:
+    """Every input of a unit, decoded one by one; bad ones come with their reason.
+
+    Raises:
+        ServiceError: the store cannot be read at all.
+    """
+    inputs = _raw_inputs(unit_rows(unit), int(config.max_file_mb * 1e6))
+    unanswered = 0
+    while True:
+        started = time.monotonic()
+        raw = next(inputs, None)
+        seconds.read += time.monotonic() - started
+        if raw is None:
+            return
+        reason = raw.members.reason if isinstance(raw.members, BadSample) else ""
+        unanswered = unanswered + 1 if reason == "unavailable" else 0
+        if unanswered == OUTAGE:
+            raise ServiceError(f"the store of {raw.uri} does not answer: run the same command when it is back")
+        started = time.monotonic()
+        decoded = _decoded(raw, classes, config)
+        seconds.decode += time.monotonic() - started
+        yield decoded
+
+
+def _decoded(raw: _Raw, classes: tuple[str, ...], config: LabelConfig) -> Input:
     try:
-        for raw in iterate_shard(unit.shard):
-            key = str(raw["__key__"])
-            duplicate = key in seen
-            seen.add(key)
-            yield key, f"{unit.shard}#{key}", BadSample("duplicate_key", key) if duplicate else raw
-    except BadShard as error:
-        yield f"{unit.name}/rest", unit.shard, BadSample("bad_shard", str(error))
+        if isinstance(raw.members, BadSample):
+            raise raw.members
+        sample = decode_sample(raw.members, classes, config.max_megapixels)
+    except BadSample as bad:
+        return Input(raw.key, raw.parent, raw.uri, raw.etag, None, None, bad.reason, bad.detail)
+    picture = to_working_picture(sample.image, config.max_side_px)
+    return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, sample.tags)
 
 
+def _raw_inputs(rows: list[Listed], max_bytes: int) -> Iterator[_Raw]:
+    """Inputs in order, fetched at most ``READERS`` ahead."""
+    waiting: deque[Future[_Raw]] = deque()
+    remaining = iter(rows)
+    with ThreadPoolExecutor(READERS) as pool:
+        for row in remaining:
+            if is_shard(row):
+                yield from _shard_inputs(row)
+                continue
+            waiting.append(pool.submit(_fetch, row, max_bytes))
+            if len(waiting) == READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _fetch(row: Listed, max_bytes: int) -> _Raw:
+    """A picture's bytes."""
+    etag = row.etag
+    members: dict[str, Any] | BadSample
+    try:
+        if row.problem:
+            raise BadSample(row.problem, row.uri)
+        if row.size > max_bytes:
+            raise BadSample("too_large", f"{row.size} bytes, allowed {max_bytes}")
+        data, etag = read_object(row.uri)
+        if row.etag and etag != row.etag:
+            raise BadSample("changed_since_listing", f"{row.uri}: label it with --incremental")
+        suffix = PurePosixPath(row.uri).suffix.lower().lstrip(".")
+        members = {"__key__": row.key, suffix: data}
+        if row.tags is not None:
+            members["json"] = json.dumps({"tags": row.tags}).encode()
+    except ObjectError as error:
+        members = BadSample(error.reason, error.detail)
+    except BadSample as bad:
+        members = bad
+    return _Raw(row.key, row.key, row.uri, etag, members)
+
+
+def _shard_inputs(row: Listed) -> Iterator[_Raw]:
+    """The samples of a shard; it is fetched whole, so that no retry can lose a sample in its middle."""
+    if row.problem:
+        yield _Raw(row.key, row.key, row.uri, row.etag, BadSample(row.problem, row.uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="afa-shard-") as scratch:
+        try:
+            path, etag = fetch_file(row.uri, Path(scratch))
+        except ObjectError as error:
+            yield _Raw(row.key, row.key, row.uri, row.etag, BadSample(error.reason, error.detail))
+            return
+        seen: dict[str, int] = {}
+        try:
+            for raw in iterate_shard(path):
+                yield _shard_input(row, etag, raw, seen)
+        except BadShard as error:
+            detail = str(error).replace(str(path), row.uri)
+            yield _Raw(f"{row.key}/rest", row.key, row.uri, etag, BadSample("bad_shard", detail))
+
+
+def _shard_input(row: Listed, etag: str, raw: dict[str, Any], seen: dict[str, int]) -> _Raw:
+    name = str(raw["__key__"])
+    members: dict[str, Any] | BadSample = raw
+    try:
+        key = f"{row.key}/{check_key(name)}"
+    except BadSample as bad:
+        key, members = f"{row.key}/key-{hashlib.sha256(name.encode()).hexdigest()[:8]}", bad
+    seen[key] = seen.get(key, 0) + 1
+    if seen[key] > 1:
+        members = BadSample("duplicate_key", name)
+        key = f"{key}~{seen[key]}"
+    return _Raw(key, row.key, f"{row.uri}#{name}", etag, members)
+
+
+@dataclass
 class UnitWriter:
-    """Writes the three files of a unit; nothing carries its final name before ``commit``."""
+    """Holds a unit's output until it is committed; masks are small."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.rows: list[dict[str, Any]] = []
-        self.counts = Counts()
-        self._tar_path = folder / f".{name}.{os.getpid()}.tar"
-        self._stream = self._tar_path.open("wb")
-        self._tar = wds.TarWriter(self._stream, mtime=0, encoder=False)
+    run: str
+    name: str
+    counts: Counts = field(default_factory=Counts)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._buffer = io.BytesIO()
+        self._tar = wds.TarWriter(self._buffer, mtime=0, encoder=False)
 
     def add_label(self, item: Input, mask_png: bytes, facts: dict[str, Any], row: dict[str, Any]) -> None:
         """A labelled picture: its mask, its JSON and its manifest row."""
@@ -173,47 +215,38 @@ class UnitWriter:
         self._add_row(item, "quarantined", {"reason": item.reason, "detail": item.detail})
         self.counts.reasons[item.reason] = self.counts.reasons.get(item.reason, 0) + 1
 
-    def commit(self, facts: dict[str, Any]) -> None:
-        """Data first, manifest part next, marker last."""
+    def commit(self, seconds: StageSeconds, facts: dict[str, Any]) -> None:
+        """Data first, manifest part next, marker last.
+
+        Raises:
+            ServiceError: the store takes no more.
+        """
+        started = time.monotonic()
         self._tar.close()
-        self._stream.close()
-        tar = self.folder / f"{self.name}.tar"
-        digest = hashlib.sha256(self._tar_path.read_bytes()).hexdigest()
-        self._tar_path.replace(tar)
-        part = self.folder / f".{self.name}.{os.getpid()}.parquet"
-        pq.write_table(pa.Table.from_pylist(self.rows, schema=MANIFEST), part)
-        part.replace(self.folder / f"{self.name}.parquet")
+        tar = self._buffer.getvalue()
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self.rows, schema=MANIFEST), table)
+        digest = hashlib.sha256(tar).hexdigest()
+        attempt = hashlib.sha256(tar + table.getvalue()).hexdigest()[:8]
+        tar_name, rows_name = f"{self.name}-{attempt}.tar", f"{self.name}-{attempt}.parquet"
+        write_object(label_uri(self.run, tar_name), tar)
+        write_object(label_uri(self.run, rows_name), table.getvalue())
+        seconds.write += time.monotonic() - started
         marker = {
             "unit": self.name,
             "images": self.counts.images,
             "labels": self.counts.labels,
             "reasons": self.counts.reasons,
+            "tar": tar_name,
+            "rows": rows_name,
             "tar_sha256": digest,
+            "finished": time.time(),
+            "stage_seconds": {name: round(value, 4) for name, value in vars(seconds).items()},
             **facts,
         }
-        write_json(self.folder / f"{self.name}{MARKER}", marker)
-
-    def abandon(self) -> None:
-        """Remove what is not committed."""
-        self._stream.close()
-        self._tar_path.unlink(missing_ok=True)
+        write_json(label_uri(self.run, f"{self.name}{MARKER}"), marker)
 
     def _add_row(self, item: Input, status: str, values: dict[str, Any]) -> None:
-        self.rows.append({"key": item.key, "uri": item.uri, "status": status, **values})
+        identity = {"key": item.key, "input": item.parent, "uri": item.uri, "etag": item.etag}
+        self.rows.append({**identity, "status": status, **values})
         self.counts.images += 1
-
-
-def committed(folder: Path, unit: Unit) -> Counts | None:
-    """Counts of a unit that is done, else None."""
-    marker = folder / f"{unit.name}{MARKER}"
-    if not marker.is_file():
-        return None
-    values = json.loads(marker.read_text())
-    return Counts(values["images"], values["labels"], values["reasons"])
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    partial.replace(path)

@@ -10,17 +10,13 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from afa_core.classes import VOC
 from afa_core.data.sample import PICTURE_SUFFIXES, BadSample, decode_seg_label, path_to_key
 from afa_core.errors import InputError
+from pipelines.tag_tables import require_column, table_rows
 
 
 @dataclass(frozen=True)
@@ -155,34 +151,9 @@ def _sub_folder_rows(folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _table_rows(path: Path, path_column: str, tags_column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    table = _read_table(path)
-    for column in (path_column, tags_column):
-        if column not in table.column_names:
-            raise InputError(f"{path} has no column {column!r}: it has {', '.join(table.column_names)}")
-    for name, tags in zip(table[path_column].to_pylist(), table[tags_column].to_pylist(), strict=True):
-        yield str(name), _split_tags(tags)
-
-
-def _read_table(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise InputError(f"no labels file {path}")
-    try:
-        match path.suffix.lower():
-            case ".csv":
-                return pyarrow.csv.read_csv(path)
-            case ".jsonl" | ".json":
-                return pyarrow.json.read_json(path)
-            case ".parquet":
-                return pyarrow.parquet.read_table(path)
-    except pa.ArrowException as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    raise InputError(f"labels file {path} must end in .csv, .jsonl or .parquet")
-
-
-def _split_tags(value: Any) -> tuple[str, ...]:
-    """Tags of a list, or of a string that separates them with comma, semicolon or bar."""
-    parts = value if isinstance(value, list) else str(value or "").replace(";", ",").replace("|", ",").split(",")
-    return tuple(dict.fromkeys(str(part).strip() for part in parts if str(part).strip()))
+    require_column(path, tags_column)
+    for row in table_rows(path, [path_column], tags_column):
+        yield row.name, row.tags or ()
 
 
 def shapes_pictures(train: int, val: int, seed: int, size_px: int) -> list[PictureRef]:

@@ -187,9 +187,11 @@ def _open(data: bytes, max_megapixels: float, reason: str) -> Image.Image:
 
 def _wide_grey_to_rgb(picture: Image.Image) -> Pixels:
     """16- and 32-bit grey scaled to 8 bits; Pillow's own conversion clips instead."""
-    values = np.asarray(picture).astype(np.float64)
-    highest = 65535.0 if values.max(initial=0) <= 65535 else float(values.max())
-    grey = np.clip(values * (255 / highest), 0, 255).astype(np.uint8)
+    values = np.asarray(picture)
+    highest = max(65535.0, float(values.max(initial=0)))
+    grey = np.empty(values.shape, np.uint8)
+    for row, value in enumerate(values):  # row by row: as floats a large picture would need eight times its memory
+        grey[row] = np.clip(value * (255 / highest), 0, 255)
     return np.repeat(grey[..., None], 3, axis=2)
 
 

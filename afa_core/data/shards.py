@@ -185,6 +185,9 @@ def iterate_shard(path: str | Path) -> Iterator[dict[str, Any]]:
     try:
         with tarfile.open(path, "r:") as tar:
             yield from group_by_keys(_members(tar, str(path)), keys=base_plus_ext, handler=_skip_repeated_member)
+            tar.fileobj.seek(tar.offset)
+            if not tar.fileobj.read(tarfile.BLOCKSIZE):  # tarfile takes a cut between two members for the end
+                raise EOFError("cut short: it has no end marker")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise BadShard(f"{path}: {error}") from error
 

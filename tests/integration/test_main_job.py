@@ -5,20 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
+from commands import afa
 from mlflow import MlflowClient
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -37,14 +35,6 @@ SHORT = [
     "data.crop_px=64", "train.batch_size=2", "train.eval_every=3", "train.eval_samples=4", "train.log_every=2",
     "par.dilations=[1,2]", "par.iterations=2",
 ]  # fmt: skip
-
-
-def afa(*words: object, status: int = 0) -> str:
-    """Run ``afa`` as its user would; what it printed."""
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-    assert answer.returncode == status, answer.stdout[-3000:] + answer.stderr[-5000:]
-    return answer.stdout + answer.stderr
 
 
 def overrides(*extra: str) -> list[str]:
@@ -204,83 +194,6 @@ def test_champion_moves_only_to_a_better_score(champion: str, run_id: str, track
         assert outcome in afa("register", other.info.run_id, "--name", "shapes")
     assert client.get_model_version_by_alias("shapes", "champion").version in (3, "3")
     client.set_registered_model_alias("shapes", "champion", "1")
-
-
-def test_labels_of_a_folder_with_bad_pictures(champion: str, tmp_path: Path) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "labels"
-    (pictures / "deep").mkdir(parents=True)
-    for index in range(5):
-        Image.fromarray(draw(9, index, 64).image).save(pictures / "deep" / f"{index}.jpg")
-    Image.fromarray(draw(9, 7, 64).image).resize((150, 31)).save(pictures / "wide.name.png")
-    Image.new("RGB", (1, 1)).save(pictures / "dot.png")
-    (pictures / "empty.jpg").touch()
-    (pictures / "text.png").write_text("no picture")
-    words = ["label", "--model", champion, "--input", pictures, "--output", output, "--unit-size", 3]
-    printed = afa(*words)
-    assert "images 9  labels 7  quarantined 2" in printed
-    assert "quarantined 2: undecodable_image" in printed
-    rows = [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-    assert len(rows) == len({row["key"] for row in rows}) == 9
-    assert {row["key"] for row in rows if row["status"] == "quarantined"} == {"empty", "text"}
-    masks = {}
-    for path in output.glob("*.tar"):
-        with tarfile.open(path) as tar:
-            for member in tar.getmembers():
-                if member.name.endswith(".png"):
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    masks[member.name] = Image.open(io.BytesIO(stream.read()))
-                    assert masks[member.name].mode == "P"
-    assert masks["wide_name.png"].size == (150, 31)
-    assert masks["dot.png"].size == (1, 1)
-    assert len(masks) == 7
-    # A unit without its marker does not exist; the same command does what is missing and nothing else.
-    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
-    next(output.glob("unit-000001.done.json")).unlink()
-    assert "2 of 3 units are done already" in afa(*words)
-    changed = [path.name for path in output.glob("*.tar") if path.stat().st_mtime_ns != before[path.name]]
-    assert changed == ["unit-000001.tar"]
-    assert "holds labels of another job" in afa(*words, "--ignore-band", status=2)
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_labelling_that_is_stopped_goes_on(champion: str, tmp_path: Path, sent: signal.Signals) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "labels"
-    pictures.mkdir()
-    for index in range(48):
-        Image.fromarray(draw(9, index, 96).image).save(pictures / f"{index}.png")
-    words = ["label", "--model", champion, "--input", pictures, "--output", output, "--unit-size", 4]
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and len(list(output.glob("*.done.json"))) < 2:
-            time.sleep(0.05)
-        process.send_signal(sent)
-        _, error = process.communicate(timeout=60)
-    if sent == signal.SIGINT:
-        assert process.returncode == 130
-        assert "interrupted: the same command goes on" in error
-        assert "Traceback" not in error
-    done = len(list(output.glob("*.done.json")))
-    assert 2 <= done < 12
-    assert "images 48  labels 48  quarantined 0" in afa(*words)
-    keys = [row["key"] for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    assert sorted(keys) == sorted(str(index) for index in range(48))
-
-
-def test_labels_of_shards_take_their_tags(champion: str, shards: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "shards"
-    damaged.mkdir()
-    shutil.copy(shards / "val-000000.tar", damaged)
-    data = (shards / "train-000000.tar").read_bytes()
-    (damaged / "cut.tar").write_bytes(data[: len(data) // 2])
-    printed = afa("label", "--model", champion, "--input", damaged, "--output", tmp_path / "labels")
-    assert "bad_shard" in printed
-    rows = pq.read_table(tmp_path / "labels" / "val-000000.parquet").to_pylist()
-    index = load_dataset_index(shards)
-    given = {sample.key: sample.tags for sample in iterate_samples([shards / "val-000000.tar"], index.classes)}
-    assert {row["key"]: tuple(row["tags"]) for row in rows} == given
-    assert {row["tags_source"] for row in rows} == {"given"}
 
 
 @pytest.mark.parametrize(

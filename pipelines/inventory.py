@@ -1,0 +1,273 @@
+"""The inventory of a label run: what is to be labelled, in key order, cut into work units.
+
+    inventory/GG/part-00000.parquet ...   a row an input; a row group is a unit
+    inventory/GG/units.parquet            a row a unit: name, part, row group, inputs
+    inventory/GG/inventory.json           how it came to be; written last, without it the generation does not exist
+
+A run has one generation for its first listing; each ``--incremental`` adds one with what is new, each ``--only
+quarantined`` one with what is tried again. The last generation that has a key decides about it.
+
+Listing, sorting and comparing go through an SQLite file in a scratch folder: memory does not grow with the store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afa_core.data.sample import BadSample, check_key
+from infra.object_store import find_object, join, read_object, remove_folder, write_object
+from pipelines.label_sources import SHARD_SUFFIX, Listed
+
+INVENTORY = "inventory"
+HEAD = "inventory.json"
+UNITS = "units.parquet"
+UNITS_PER_PART = 64
+ROWS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("uri", pa.string()),
+        ("size", pa.int64()),
+        ("etag", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("problem", pa.string()),
+    ]
+)
+UNIT_ROWS = pa.schema([("name", pa.string()), ("part", pa.int32()), ("row_group", pa.int32()), ("inputs", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is scheduled, retried, committed and resumed: a row group of an inventory part."""
+
+    name: str
+    part_uri: str
+    row_group: int
+    inputs: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One listing of a run."""
+
+    name: str
+    kind: str  # listing | incremental | retry
+    inputs: int
+    units: int
+    skipped: int
+
+
+class InventoryWriter:
+    """Gathers what a source lists, then writes it as one generation."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._database = sqlite3.connect(scratch / "inventory.sqlite")
+        self._database.executescript(
+            """
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
+            CREATE TABLE listed (key TEXT, uri TEXT, size INTEGER, etag TEXT, tags TEXT, problem TEXT);
+            CREATE TABLE known (uri TEXT PRIMARY KEY, key TEXT, etag TEXT) WITHOUT ROWID;
+            CREATE INDEX known_key ON known (key);
+            """
+        )
+        self._database.execute(f"PRAGMA temp_store_directory = '{scratch}'")
+        self.skipped = 0
+
+    def close(self) -> None:
+        """Give the scratch file up."""
+        self._database.close()
+
+    def know(self, earlier: Iterable[Listed]) -> None:
+        """What earlier generations have; the same URI again replaces what was known of it."""
+        rows = ((row.uri, row.key, row.etag) for row in earlier)
+        self._database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
+
+    def gather(self, listed: Iterable[Listed | None]) -> None:
+        """Take in what a source lists; None is something that is no input."""
+
+        def rows() -> Iterator[tuple[Any, ...]]:
+            for item in listed:
+                if item is None:
+                    self.skipped += 1
+                    continue
+                tags = None if item.tags is None else json.dumps(item.tags)
+                yield item.key, item.uri, item.size, item.etag, tags, item.problem
+
+        self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", rows())
+
+    def new_rows(self) -> Iterator[Listed]:
+        """What is not known yet or has changed, in key order, each under a key of its own."""
+        cursor = self._database.execute(
+            """
+            SELECT coalesce(known.key, listed.key) AS name, listed.uri, size, listed.etag, tags, problem,
+                   known.uri IS NULL AND EXISTS (SELECT 1 FROM known AS other WHERE other.key = listed.key)
+            FROM listed LEFT JOIN known ON known.uri = listed.uri
+            WHERE known.uri IS NULL OR known.etag <> listed.etag
+            ORDER BY name, listed.uri
+            """
+        )
+        last_key, last_uri, repeats = None, None, 0
+        for key, uri, size, etag, tags_json, problem, taken in cursor:
+            tags = None if tags_json is None else tuple(json.loads(tags_json))
+            repeats = repeats + 1 if (key, uri) == (last_key, last_uri) else 0
+            own_key, own_problem = _usable_key(key, uri, problem)
+            if key == last_key or taken:
+                own_key = f"{own_key}~{_short(uri)}"
+            if repeats:
+                own_key, own_problem = f"{own_key}-{repeats}", "duplicate_key"
+            last_key, last_uri = key, uri
+            yield Listed(own_key, uri, size, etag, tags, own_problem)
+
+    def write(
+        self,
+        run_uri: str,
+        name: str,
+        kind: str,
+        identity: str,
+        unit_size: int,
+        unit_bytes: int,
+    ) -> Generation:
+        """Write the generation: parts, then the units, then its head. Without inputs nothing is written.
+
+        Args:
+            run_uri: of the label run.
+            name: of the generation.
+            kind: ``listing``, ``incremental`` or ``retry``.
+            identity: digests of model and configuration; unit names derive from it and from their inputs.
+            unit_size: most inputs of a unit.
+            unit_bytes: from so many bytes on a unit is full.
+        """
+        folder = join(join(run_uri, INVENTORY), name)
+        remove_folder(folder)  # what a listing that was cut off has left
+        units: list[dict[str, Any]] = []
+        inputs = 0
+        for part, cuts in enumerate(_in_parts(_cut(self.new_rows(), unit_size, unit_bytes))):
+            buffer = io.BytesIO()
+            with pq.ParquetWriter(buffer, ROWS) as writer:
+                for row_group, rows in enumerate(cuts):
+                    writer.write_table(_table(rows), row_group_size=len(rows))
+                    unit = f"{name}-{len(units):06d}-{unit_digest(identity, rows)}"
+                    units.append({"name": unit, "part": part, "row_group": row_group, "inputs": len(rows)})
+                    inputs += len(rows)
+            write_object(join(folder, _part_name(part)), buffer.getvalue())
+        if not units:
+            return Generation(name, kind, 0, 0, self.skipped)
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(units, schema=UNIT_ROWS), table)
+        write_object(join(folder, UNITS), table.getvalue())
+        head = {"kind": kind, "inputs": inputs, "units": len(units), "skipped": self.skipped, "time": time.time()}
+        write_object(join(folder, HEAD), (json.dumps(head, indent=2, sort_keys=True) + "\n").encode())
+        return Generation(name, kind, inputs, len(units), self.skipped)
+
+
+def unit_digest(identity: str, rows: Iterable[Listed]) -> str:
+    """Identity of a unit's labels: model, configuration, and key, place and content of every input."""
+    digest = hashlib.sha256(identity.encode())
+    for row in rows:
+        digest.update(json.dumps([row.key, row.uri, row.etag]).encode())
+    return digest.hexdigest()[:12]
+
+
+def list_generations(run_uri: str) -> list[Generation]:
+    """The generations of a run that are complete, oldest first."""
+    generations: list[Generation] = []
+    while True:
+        name = generation_name(len(generations))
+        head_uri = join(run_uri, f"{INVENTORY}/{name}/{HEAD}")
+        if find_object(head_uri) is None:
+            return generations
+        head = json.loads(read_object(head_uri)[0])
+        generations.append(Generation(name, head["kind"], head["inputs"], head["units"], head["skipped"]))
+
+
+def generation_name(number: int) -> str:
+    """Names sort as they were made."""
+    return f"{number:04d}"
+
+
+def load_units(run_uri: str, generation: Generation) -> list[Unit]:
+    """The units of a generation, in key order."""
+    folder = join(join(run_uri, INVENTORY), generation.name)
+    rows = pq.read_table(io.BytesIO(read_object(join(folder, UNITS))[0])).to_pylist()
+    return [Unit(row["name"], join(folder, _part_name(row["part"])), row["row_group"], row["inputs"]) for row in rows]
+
+
+def unit_rows(unit: Unit) -> list[Listed]:
+    """The inputs of a unit."""
+    return _listed(pq.ParquetFile(io.BytesIO(_part(unit.part_uri))).read_row_group(unit.row_group))
+
+
+def inventory_rows(run_uri: str, generation: Generation) -> Iterator[Listed]:
+    """Every input of a generation, in key order."""
+    for part_uri in dict.fromkeys(unit.part_uri for unit in load_units(run_uri, generation)):
+        file = pq.ParquetFile(io.BytesIO(read_object(part_uri)[0]))
+        for row_group in range(file.num_row_groups):
+            yield from _listed(file.read_row_group(row_group))
+
+
+@lru_cache(maxsize=4)
+def _part(uri: str) -> bytes:
+    """Neighbouring units share a part."""
+    return read_object(uri)[0]
+
+
+def _cut(rows: Iterable[Listed], unit_size: int, unit_bytes: int) -> Iterator[list[Listed]]:
+    """Neighbours up to a number and a size; a shard is a unit of its own."""
+    unit: list[Listed] = []
+    size = 0
+    for row in rows:
+        shard = is_shard(row)
+        if unit and (shard or is_shard(unit[-1]) or len(unit) == unit_size or size >= unit_bytes):
+            yield unit
+            unit, size = [], 0
+        unit.append(row)
+        size += max(0, row.size)
+    if unit:
+        yield unit
+
+
+def is_shard(row: Listed) -> bool:
+    """Whether an input is a tar of samples."""
+    return row.uri.lower().endswith(SHARD_SUFFIX)
+
+
+def _in_parts(units: Iterator[list[Listed]]) -> Iterator[list[list[Listed]]]:
+    while part := list(itertools.islice(units, UNITS_PER_PART)):
+        yield part
+
+
+def _part_name(part: int) -> str:
+    return f"part-{part:05d}.parquet"
+
+
+def _table(rows: list[Listed]) -> pa.Table:
+    return pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=ROWS)
+
+
+def _listed(table: pa.Table) -> list[Listed]:
+    return [Listed(**row | {"tags": None if row["tags"] is None else tuple(row["tags"])}) for row in table.to_pylist()]
+
+
+def _usable_key(key: str, uri: str, problem: str) -> tuple[str, str]:
+    """The key, or one made of the URI's digest where it cannot become a file name."""
+    try:
+        return check_key(key), problem
+    except BadSample as bad:
+        return f"key-{_short(uri)}", problem or bad.reason
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -1,0 +1,248 @@
+"""A label set: the runs in it, the units of a run, and the rows and masks of those units.
+
+    OUT/run-XXXXXXXX/run.json        model, configuration, input: what the run is
+                     inventory/      what is to be labelled (see ``inventory``)
+                     labels/         UNIT-DIGEST.tar, UNIT-DIGEST.parquet, and the commit marker UNIT.done.json
+                     drivers/        who is at work (see ``driver_lease``)
+
+A run's name derives from the digests of its model and configuration. A unit without its marker does not exist; the
+marker names the files of the attempt that counts.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.object_store import (
+    CONNECTIONS,
+    delete_object,
+    find_object,
+    join,
+    list_folders,
+    list_objects,
+    read_object,
+    write_object,
+)
+from pipelines.errors import UsageError
+from pipelines.inventory import inventory_rows, list_generations, load_units
+
+SCHEMA_VERSION = 2
+RUN_FILE = "run.json"
+RUN_PREFIX = "run-"
+LABELS = "labels"
+MARKER = ".done.json"
+MANIFEST = pa.schema(
+    [
+        ("key", pa.string()),
+        ("input", pa.string()),  # key in the inventory; a shard has many rows
+        ("uri", pa.string()),
+        ("etag", pa.string()),  # of what was read
+        ("status", pa.string()),  # ok | quarantined
+        ("reason", pa.string()),  # code of a quarantined row
+        ("detail", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("tags_source", pa.string()),  # given | predicted
+        ("unknown_tags", pa.list_(pa.string())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("ignored_share", pa.float32()),
+        ("disagreement", pa.float32()),
+    ]
+)
+
+
+@dataclass
+class Counts:
+    """What became of inputs."""
+
+    images: int = 0
+    labels: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def quarantined(self) -> int:
+        return self.images - self.labels
+
+    def add(self, other: Counts) -> None:
+        """Count others in."""
+        self.images += other.images
+        self.labels += other.labels
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Commit marker of a unit."""
+
+    unit: str
+    images: int
+    labels: int
+    reasons: dict[str, int]
+    tar: str
+    rows: str
+    tar_sha256: str
+    finished: float
+    stage_seconds: dict[str, float]
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.images, self.labels, dict(self.reasons))
+
+
+def run_uri(output: str, model_digest: str, config_digest: str) -> str:
+    """Where the run of a model and a configuration lies in a label set."""
+    digest = hashlib.sha256(f"{model_digest}{config_digest}".encode()).hexdigest()
+    return join(output, f"{RUN_PREFIX}{digest[:8]}")
+
+
+def find_run(output: str, name: str | None = None) -> str:
+    """URI of a run: the named one, else the newest.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if find_object(join(output, RUN_FILE)) is not None:
+        return output
+    runs = {run: load_run(run) for run in list_runs(output)}
+    if name is not None:
+        runs = {run: record for run, record in runs.items() if run.rsplit("/", 1)[1] == name}
+    if not runs:
+        raise UsageError(f"{output} holds no {name or 'label set'}: make one with afa label")
+    return max(runs, key=lambda run: runs[run]["created"])
+
+
+def list_runs(output: str) -> list[str]:
+    """URIs of the runs in a label set."""
+    return [folder for folder in list_folders(output) if find_object(join(folder, RUN_FILE)) is not None]
+
+
+def load_run(run: str) -> dict[str, Any]:
+    """Content of ``run.json``.
+
+    Raises:
+        UsageError: it is of another schema.
+    """
+    record: dict[str, Any] = json.loads(read_object(join(run, RUN_FILE))[0])
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(
+            f"{run} has schema version {record.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        )
+    return record
+
+
+def write_json(uri: str, values: dict[str, Any]) -> None:
+    """A JSON object that is there whole or not at all."""
+    write_object(uri, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+
+
+def label_uri(run: str, name: str) -> str:
+    """URI of a file of a unit."""
+    return join(run, f"{LABELS}/{name}")
+
+
+def committed_names(run: str) -> set[str]:
+    """Names of the units that have their marker."""
+    return {name.removesuffix(MARKER) for name in label_files(run) if name.endswith(MARKER)}
+
+
+def label_files(run: str) -> Iterator[str]:
+    """Names of everything in the label folder."""
+    if not any(folder.endswith(f"/{LABELS}") for folder in list_folders(run)):
+        return
+    for found in list_objects(join(run, LABELS)):
+        yield found.uri.rsplit("/", 1)[1]
+
+
+def load_marker(run: str, unit: str) -> Marker:
+    """The marker of a committed unit."""
+    values = json.loads(read_object(label_uri(run, f"{unit}{MARKER}"))[0])
+    return Marker(**{item.name: values[item.name] for item in dataclasses.fields(Marker)})
+
+
+def load_markers(run: str, units: Iterable[str]) -> Iterator[Marker]:
+    """The markers of committed units, in order, read several at a time."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        yield from pool.map(lambda unit: load_marker(run, unit), units)
+
+
+@dataclass(frozen=True)
+class CommittedUnit:
+    """A unit with its marker and those of its rows that count."""
+
+    run: str
+    marker: Marker
+    rows: list[dict[str, Any]]
+
+    def members(self) -> dict[str, tuple[bytes, dict[str, Any]]]:
+        """Mask (PNG) and facts by key, of every labelled picture of the unit that counts."""
+        wanted = {row["key"] for row in self.rows}
+        masks: dict[str, bytes] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        with tarfile.open(fileobj=io.BytesIO(read_object(label_uri(self.run, self.marker.tar))[0])) as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                key, suffix = member.name.rsplit(".", 1)
+                if stream is None or key not in wanted:
+                    continue
+                if suffix == "png":
+                    masks[key] = stream.read()
+                else:
+                    facts[key] = json.loads(stream.read())
+        return {key: (mask, facts[key]) for key, mask in masks.items()}
+
+
+def committed_units(run: str, columns: list[str] | None = None) -> Iterator[CommittedUnit]:
+    """Every committed unit, newest generation first; rows that a newer generation replaces are left out.
+
+    Args:
+        run: URI of the run.
+        columns: of the rows; None: all of ``MANIFEST``. ``key`` and ``input`` are always there.
+    """
+    done = committed_names(run)
+    wanted = None if columns is None else list(dict.fromkeys(["key", "input", *columns]))
+    replaced: set[str] = set()
+    generations = list_generations(run)
+    for generation in reversed(generations):
+        names = [unit.name for unit in load_units(run, generation) if unit.name in done]
+        for marker in load_markers(run, names):
+            table = pq.read_table(io.BytesIO(read_object(label_uri(run, marker.rows))[0]), columns=wanted)
+            yield CommittedUnit(run, marker, [row for row in table.to_pylist() if row["input"] not in replaced])
+        if generation is not generations[0]:
+            replaced.update(row.key for row in inventory_rows(run, generation))
+
+
+def count_rows(run: str) -> Counts:
+    """What became of every input of a run, as far as it is done."""
+    total = Counts()
+    if len(list_generations(run)) == 1:  # the markers know
+        for marker in load_markers(run, committed_names(run)):
+            total.add(marker.counts)
+        return total
+    for unit in committed_units(run, ["status", "reason"]):
+        quarantined = [row["reason"] for row in unit.rows if row["status"] != "ok"]
+        labels = len(unit.rows) - len(quarantined)
+        total.add(Counts(len(unit.rows), labels, dict(collections.Counter(quarantined))))
+    return total
+
+
+def remove_leftovers(run: str) -> int:
+    """Delete what no marker names: files of attempts that were cut off. Only for who holds the run's lease."""
+    markers = load_markers(run, committed_names(run))
+    wanted = {name for marker in markers for name in (marker.tar, marker.rows, f"{marker.unit}{MARKER}")}
+    leftovers = [name for name in label_files(run) if name not in wanted]
+    for name in leftovers:
+        delete_object(label_uri(run, name))
+    return len(leftovers)

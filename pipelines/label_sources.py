@@ -1,0 +1,116 @@
+"""What there is to label: a folder or prefix of pictures and shards, one shard, or a table of URIs with tags.
+
+Sources are listed once, into the inventory; nothing else looks at them before the pictures are read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from afa_core.data.sample import PICTURE_SUFFIXES, path_to_key
+from afa_core.errors import InputError
+from infra.object_store import S3, ObjectError, find_object, list_objects, read_object
+from pipelines.tag_tables import SUFFIXES as TABLE_SUFFIXES
+from pipelines.tag_tables import table_rows
+
+SHARD_SUFFIX = ".tar"
+NAME_COLUMNS = ("uri", "path", "image")
+TAGS_COLUMN = "tags"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A picture or shard as its source knows it.
+
+    Attributes:
+        key: wished for; two that wish for the same get different ones.
+        uri: where it is.
+        size: bytes; -1 where the source does not tell.
+        etag: changes with the content; empty where the source does not tell.
+        tags: given ones; None where there are none.
+        problem: reason code if it is clear already that it cannot be read, else empty.
+    """
+
+    key: str
+    uri: str
+    size: int = -1
+    etag: str = ""
+    tags: tuple[str, ...] | None = None
+    problem: str = ""
+
+
+def absolute_source(source: str) -> str:
+    """The source under a name that means the same from another working directory."""
+    return source.rstrip("/") if source.startswith(S3) else str(Path(source).absolute())
+
+
+def list_source(source: str, leave_out: str) -> Iterator[Listed | None]:
+    """Everything in a source, in any order; None for an object that is neither picture nor shard.
+
+    Args:
+        source: as ``absolute_source`` gives it.
+        leave_out: URI of a folder whose content is no input, as the label set itself.
+
+    Raises:
+        InputError: there is no such source.
+        ServiceError: its store cannot be read.
+    """
+    suffix = PurePosixPath(source).suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        yield from _list_table(source)
+    elif suffix == SHARD_SUFFIX and (found := find_object(source)):
+        yield Listed(path_to_key(PurePosixPath(source).relative_to(_parent(source))), source, found.size, found.etag)
+    elif source.startswith(S3) or Path(source).is_dir():
+        yield from _list_prefix(source, leave_out)
+    else:
+        raise InputError(
+            f"no such input: {source}; give a folder or s3:// prefix of pictures or shards, a .tar shard, or a table"
+            f" ({', '.join(TABLE_SUFFIXES)}) of URIs"
+        )
+
+
+def _list_prefix(prefix: str, leave_out: str) -> Iterator[Listed | None]:
+    for found in list_objects(prefix):
+        if found.uri.startswith(f"{leave_out}/"):
+            continue
+        name = PurePosixPath(found.uri[len(prefix.rstrip("/")) + 1 :])
+        if name.suffix.lower() in PICTURE_SUFFIXES or name.suffix.lower() == SHARD_SUFFIX:
+            yield Listed(path_to_key(name), found.uri, found.size, found.etag)
+        else:
+            yield None
+
+
+def _list_table(source: str) -> Iterator[Listed]:
+    """Rows of a table; relative names are looked for beside it. Sizes come with the pictures, not with the listing."""
+    if not source.startswith(S3):
+        yield from _table_pictures(Path(source), _parent(source))
+        return
+    try:
+        data, _ = read_object(source)
+    except ObjectError as error:
+        raise InputError(f"no such input: {source} ({error.reason})") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / PurePosixPath(source).name
+        path.write_bytes(data)
+        yield from _table_pictures(path, _parent(source))
+
+
+def _table_pictures(table: Path, base: str) -> Iterator[Listed]:
+    for row in table_rows(table, NAME_COLUMNS, TAGS_COLUMN):
+        absolute = row.name.startswith((S3, "/"))
+        uri = row.name if absolute else f"{base}/{row.name}"
+        below = uri.removeprefix(f"{base}/").removeprefix(S3).lstrip("/")
+        key = row.key or path_to_key(PurePosixPath(below))
+        problem = ""
+        if ".." in PurePosixPath(row.name).parts or "\x00" in row.name:
+            problem = "bad_path"
+        elif "://" in uri.removeprefix(S3):
+            problem = "bad_uri"
+        yield Listed(key, uri, tags=row.tags, problem=problem)
+
+
+def _parent(uri: str) -> str:
+    return uri.rsplit("/", 1)[0]

@@ -1,0 +1,143 @@
+"""What a worker of batch labelling does: it holds the model and takes one unit at a time from reading to commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from ray.util.metrics import Counter
+
+from afa_core.checkpoint import Bundle, load_bundle
+from afa_core.config import LabelConfig
+from afa_core.data.sample import encode_mask
+from afa_core.labelling import PictureLabel, label_working_pictures
+from infra.errors import ServiceError
+from pipelines.inventory import Unit
+from pipelines.label_set import Counts
+from pipelines.label_units import Input, StageSeconds, UnitWriter, read_unit
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelJob:
+    """What every worker knows of the job; plain values, so that it travels."""
+
+    bundle_dir: str
+    model: str
+    model_digest: str
+    label_config: LabelConfig
+    config_digest: str
+    run: str
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitResult:
+    """What a worker tells of a unit: what it committed, or why the job cannot go on."""
+
+    counts: Counts
+    seconds: StageSeconds
+    error: str = ""
+
+
+class Labeller:
+    """An actor of the labelling pool."""
+
+    def __init__(self, job: LabelJob) -> None:
+        self.job = job
+        self.bundle: Bundle = load_bundle(job.bundle_dir, "cuda" if torch.cuda.is_available() else "cpu")
+        self._images = Counter("afa_label_images", "Pictures labelled or quarantined.", tag_keys=("status", "reason"))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Label the units of the batch; gives back what became of each, as JSON."""
+        results = []
+        for text in batch["unit"]:
+            try:
+                result = self.label_unit(Unit(**json.loads(text)))
+            except ServiceError as error:  # raised here it would come with pages of Ray's own lines
+                result = UnitResult(Counts(), StageSeconds(), str(error))
+            self._count(result.counts)
+            results.append(json.dumps(dataclasses.asdict(result)))
+        return {"result": np.array(results)}
+
+    def label_unit(self, unit: Unit) -> UnitResult:
+        """Read, label, write and commit one unit."""
+        writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
+        inputs = read_unit(unit, self.bundle.classes, self.job.label_config, seconds)
+        for batch in in_batches(inputs, self.job.batch_size):
+            self._label_batch(batch, writer, seconds)
+        writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
+        return UnitResult(writer.counts, seconds)
+
+    def _label_batch(self, batch: list[Input], writer: UnitWriter, seconds: StageSeconds) -> None:
+        started = time.monotonic()
+        good = [(item, item.picture) for item in batch if item.picture is not None]
+        pictures = [picture for _, picture in good]
+        made = label_working_pictures(self.bundle, pictures, [item.tags for item, _ in good], self.job.label_config)
+        labelled = time.monotonic()
+        for (item, _), label in zip(good, made, strict=True):
+            writer.add_label(item, encode_mask(label.label), self._facts(label), manifest_row(label))
+        for item in batch:
+            if item.picture is None:
+                writer.quarantine(item)
+        seconds.label += labelled - started
+        seconds.write += time.monotonic() - labelled
+
+    def _count(self, counts: Counts) -> None:
+        if counts.labels:
+            self._images.inc(counts.labels, {"status": "ok", "reason": ""})
+        for reason, count in counts.reasons.items():
+            self._images.inc(count, {"status": "quarantined", "reason": reason})
+
+    def _facts(self, label: PictureLabel) -> dict[str, Any]:
+        """What the JSON beside a mask says."""
+        return {
+            "tags": list(label.tags),
+            "tags_source": "given" if label.tags_given else "predicted",
+            "unknown_tags": list(label.unknown_tags),
+            "area": label.area,
+            "confidence": label.confidence,
+            "ignored_share": label.ignored_share,
+            "disagreement": label.disagreement,
+            "classes": list(self.bundle.classes),
+            "model": self.job.model,
+            "model_digest": self.job.model_digest,
+            "config_digest": self.job.config_digest,
+        }
+
+
+def result_from_json(text: str) -> UnitResult:
+    """What ``Labeller`` gave back."""
+    values = json.loads(text)
+    return UnitResult(Counts(**values["counts"]), StageSeconds(**values["seconds"]), values["error"])
+
+
+def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
+    """Lists of at most ``size`` neighbours."""
+    batch: list[Input] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def manifest_row(label: PictureLabel) -> dict[str, Any]:
+    """The row of a labelled picture, beyond what it was made from."""
+    height, width = label.label.shape
+    return {
+        "tags": list(label.tags),
+        "tags_source": "given" if label.tags_given else "predicted",
+        "unknown_tags": list(label.unknown_tags),
+        "width": width,
+        "height": height,
+        "ignored_share": label.ignored_share,
+        "disagreement": label.disagreement,
+    }

@@ -1,0 +1,229 @@
+"""``afa verify-labels``: prove that a label set has lost nothing and has nothing twice.
+
+Every inventory key has exactly one row (a shard's samples one each), every ok row exactly one decodable mask of the
+right size, every file belongs to a committed unit. Reads only the label set, not the store it was made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import io
+import math
+import sqlite3
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from afa_core.data.sample import BadSample, decode_seg_label
+from infra.object_store import CONNECTIONS, ObjectError, join, list_objects, read_object
+from pipelines.cli import stage_main
+from pipelines.inventory import HEAD, INVENTORY, UNITS, Unit, is_shard, list_generations, load_units, unit_rows
+from pipelines.label_set import (
+    MARKER,
+    Counts,
+    Marker,
+    count_rows,
+    find_run,
+    label_files,
+    label_uri,
+    list_runs,
+    load_marker,
+)
+from pipelines.label_sources import absolute_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``afa verify-labels``."""
+    parser.add_argument("output", help="folder or s3:// prefix of a label set, or of one run in it")
+    parser.add_argument("--run", help="only the run of this name (default: every run)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify; prints counts, and every problem."""
+    output = absolute_source(arguments.output)
+    newest = find_run(output, arguments.run)
+    runs = [newest] if arguments.run or newest == output else list_runs(output)
+    broken = 0
+    for run_uri in runs:
+        report = verify_run(run_uri)
+        broken += len(report.problems)
+        print(f"{run_uri}\n  inputs {report.inputs}  units {report.committed} of {report.units} committed")
+        print(f"  rows {report.counts.images}  labels {report.counts.labels}  quarantined {report.counts.quarantined}")
+        for problem in report.problems:
+            print(f"  PROBLEM {problem}")
+        print("  clean" if not report.problems else f"  {len(report.problems)} problems")
+    return 1 if broken else 0
+
+
+@dataclass
+class Report:
+    """What verification found in a run."""
+
+    inputs: int = 0
+    units: int = 0
+    committed: int = 0
+    counts: Counts = field(default_factory=Counts)
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_run(run_uri: str) -> Report:
+    """Check one run, unit by unit, several at a time."""
+    report = Report()
+    generations = list_generations(run_uri)
+    if not generations:
+        report.problems.append("the inventory is not complete: run the afa label command again")
+        return report
+    expected: set[str] = set()
+    with ThreadPoolExecutor(CONNECTIONS) as pool, tempfile.TemporaryDirectory() as scratch:
+        keys = _Keys(Path(scratch))
+        with closing(keys):
+            for generation in generations:
+                units = load_units(run_uri, generation)
+                report.units += len(units)
+                for check in pool.map(lambda unit: check_unit(run_uri, unit), units):
+                    report.inputs += check.inputs
+                    report.committed += bool(check.files)
+                    report.problems += check.problems
+                    report.problems += [f"key {key} is in two units" for key in keys.add(generation.name, check.keys)]
+                    expected.update(check.files)
+    report.problems += [f"{name} belongs to no committed unit" for name in sorted(set(label_files(run_uri)) - expected)]
+    report.problems += stray_inventory_files(run_uri)
+    if report.committed == report.units:
+        report.counts = count_rows(run_uri)
+    return report
+
+
+@dataclass
+class UnitCheck:
+    """What was found in one unit."""
+
+    inputs: int = 0
+    keys: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_unit(run_uri: str, unit: Unit) -> UnitCheck:
+    """Marker, rows and masks of a unit against its inventory."""
+    check = UnitCheck()
+    try:
+        rows = unit_rows(unit)
+        check.inputs = len(rows)
+        marker = load_marker(run_uri, unit.name)
+        check.files = [f"{unit.name}{MARKER}", marker.tar, marker.rows]
+        table = pq.read_table(io.BytesIO(read_object(label_uri(run_uri, marker.rows))[0])).to_pylist()
+        check.keys = [row["key"] for row in table]
+        check.problems += check_rows(unit, marker, {row.key: is_shard(row) for row in rows}, table)
+        check.problems += check_masks(unit, marker, read_object(label_uri(run_uri, marker.tar))[0], table)
+    except ObjectError as error:
+        missing = f"{unit.name}{MARKER}" in error.detail and error.reason == "missing_object"
+        text = "is not committed: run the afa label command again" if missing else f"cannot be read: {error}"
+        check.problems.append(f"unit {unit.name} {text}")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        check.problems.append(f"unit {unit.name} is damaged: {type(error).__name__} {error}")
+    return check
+
+
+def check_rows(unit: Unit, marker: Marker, inputs: dict[str, bool], table: list[dict[str, Any]]) -> Iterator[str]:
+    """Every input has its row, no key two, and the marker counts what is there.
+
+    Args:
+        unit: that is checked.
+        marker: of the unit.
+        inputs: inventory key -> whether it is a shard, which has a row for each of its samples.
+        table: the rows.
+    """
+    counted = collections.Counter(row["input"] for row in table)
+    for key, shard in inputs.items():
+        if counted[key] == 0 and not (shard and not table):
+            yield f"input {key} has no row (unit {unit.name})"
+        elif counted[key] > 1 and not shard:
+            yield f"input {key} has {counted[key]} rows (unit {unit.name})"
+    yield from (f"row of unknown input {key} (unit {unit.name})" for key in counted.keys() - inputs.keys())
+    labels = sum(row["status"] == "ok" for row in table)
+    if (marker.images, marker.labels) != (len(table), labels):
+        said, there = f"{marker.images} rows, {marker.labels} ok", f"{len(table)}, {labels}"
+        yield f"unit {unit.name}: the marker says {said}; there are {there}"
+
+
+def check_masks(unit: Unit, marker: Marker, tar_bytes: bytes, table: list[dict[str, Any]]) -> Iterator[str]:
+    """Every ok row has one mask of its size, and nothing else has one."""
+    if hashlib.sha256(tar_bytes).hexdigest() != marker.tar_sha256:
+        yield f"{marker.tar} differs from its SHA-256"
+        return
+    sizes = {row["key"]: (row["height"], row["width"]) for row in table if row["status"] == "ok"}
+    seen: collections.Counter[str] = collections.Counter()
+    with tarfile.open(fileobj=io.BytesIO(tar_bytes)) as tar:
+        for member in tar:
+            seen[member.name] += 1
+            stream = tar.extractfile(member)
+            key, suffix = member.name.rsplit(".", 1)
+            if key not in sizes or stream is None or suffix not in ("png", "json"):
+                yield f"{marker.tar} holds {member.name}, which no row is of"
+            elif suffix == "png":
+                yield from check_mask(key, stream.read(), sizes[key])
+    for key in sizes:
+        for name in (f"{key}.png", f"{key}.json"):
+            if seen[name] != 1:
+                yield f"{name} is {seen[name]} times in {marker.tar} (unit {unit.name})"
+
+
+def check_mask(key: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
+    """A mask that can be decoded and has its picture's size."""
+    try:
+        label = decode_seg_label(data, max_megapixels=math.inf)
+    except BadSample as bad:
+        yield f"mask of {key}: {bad.detail}"
+        return
+    if label.shape != size:
+        yield f"mask of {key} is {label.shape[1]} x {label.shape[0]}, its picture {size[1]} x {size[0]}"
+
+
+def stray_inventory_files(run_uri: str) -> Iterator[str]:
+    """Inventory files that no generation counts: a listing that was cut off and never begun anew."""
+    wanted = set()
+    for generation in list_generations(run_uri):
+        folder = join(run_uri, f"{INVENTORY}/{generation.name}")
+        wanted |= {join(folder, HEAD), join(folder, UNITS)}
+        wanted |= {unit.part_uri for unit in load_units(run_uri, generation)}
+    for found in list_objects(join(run_uri, INVENTORY)):
+        if found.uri not in wanted:
+            yield f"{found.uri} belongs to no generation"
+
+
+class _Keys:
+    """Keys of a generation seen so far, on disk: there may be tens of millions."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._database = sqlite3.connect(scratch / "keys.sqlite")
+        self._database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE keys (generation TEXT, key TEXT, PRIMARY KEY (generation, key)) WITHOUT ROWID;"
+        )
+
+    def add(self, generation: str, keys: list[str]) -> list[str]:
+        """Remember keys; gives back those that were there already."""
+        known = []
+        for key in keys:
+            inserted = self._database.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (generation, key)).rowcount
+            if not inserted:
+                known.append(key)
+        return known
+
+    def close(self) -> None:
+        """Give the scratch file up."""
+        self._database.close()
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(add_arguments, run))

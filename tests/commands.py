@@ -1,0 +1,38 @@
+"""The ``afa`` command as its user runs it, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def afa_command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *map(str, words)]
+
+
+def afa(*words: object, status: int = 0) -> str:
+    """Run to the end; what it printed."""
+    answer = subprocess.run(afa_command(*words), capture_output=True, text=True, check=False, timeout=280)
+    assert answer.returncode == status, answer.stdout[-3000:] + answer.stderr[-5000:]
+    return answer.stdout + answer.stderr
+
+
+@contextmanager
+def afa_running(*words: object, until: Callable[[], bool], timeout_s: float = 150) -> Iterator[subprocess.Popen[str]]:
+    """A command that has come so far that ``until`` holds."""
+    process = subprocess.Popen(
+        afa_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "the command does not get so far"
+            time.sleep(0.05)
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -1,0 +1,270 @@
+"""Labelling stores: pictures of every kind, shards, tables, S3; resumed, extended, tried again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset as wds
+from commands import afa, afa_running
+from PIL import Image
+from servers.fault_proxy import fault_proxy
+
+from afa_core.checkpoint import save_bundle
+from afa_core.classes import SHAPES
+from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
+from afa_core.data.shapes import draw
+from afa_core.model import build_model
+from infra.object_store import list_objects, write_object
+from pipelines.label_set import committed_units, find_run
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model: what it says does not matter here."""
+    folder = tmp_path_factory.mktemp("bundle")
+    config = ModelConfig(backbone="mit_tiny", decoder_channels=16)
+    torch.manual_seed(0)
+    cam, par = CamConfig(scales=(1.0,), affinity_radius=2), ParConfig(dilations=(1,), iterations=1)
+    save_bundle(folder, build_model(config, len(SHAPES)), SHAPES, config, cam, par, LabelConfig(max_side_px=128))
+    return folder
+
+
+def picture(index: int, size_px: int = 64, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(draw(9, index, size_px).image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def rows_of(output: str | Path) -> list[dict[str, Any]]:
+    return [row for unit in committed_units(find_run(str(output))) for row in unit.rows]
+
+
+def masks_of(output: str | Path) -> dict[str, Image.Image]:
+    units = committed_units(find_run(str(output)))
+    return {key: Image.open(io.BytesIO(mask)) for unit in units for key, (mask, _) in unit.members().items()}
+
+
+def done_units(output: str | Path) -> list[str]:
+    return [found.uri for found in list_objects(str(output)) if found.uri.endswith(".done.json")]
+
+
+def verified(output: str | Path) -> bool:
+    return "clean" in afa("verify-labels", output)
+
+
+def test_labels_of_a_folder_with_bad_pictures(bundle: Path, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    (pictures / "deep").mkdir(parents=True)
+    for index in range(5):
+        (pictures / "deep" / f"{index}.jpg").write_bytes(picture(index, kind="JPEG"))
+    Image.fromarray(draw(9, 7, 64).image).resize((150, 31)).save(pictures / "wide.name.png")
+    Image.new("RGB", (1, 1)).save(pictures / "dot.png")
+    (pictures / "empty.jpg").touch()
+    (pictures / "text.png").write_text("no picture")
+    (pictures / "notes.txt").write_text("no picture either")
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 3]
+    printed = afa(*words)
+    assert "images 9  labels 7  quarantined 2" in printed
+    assert "quarantined 2: undecodable_image" in printed
+    assert "slowest stage:" in printed
+    rows = rows_of(output)
+    assert len(rows) == len({row["key"] for row in rows}) == 9
+    assert {row["key"] for row in rows if row["status"] == "quarantined"} == {"empty", "text"}
+    masks = masks_of(output)
+    assert len(masks) == 7
+    assert {mask.mode for mask in masks.values()} == {"P"}
+    assert masks["wide_name"].size == (150, 31)
+    assert masks["dot"].size == (1, 1)
+    assert verified(output)
+    # A unit without its marker does not exist; the same command does what is missing and nothing else.
+    run = Path(find_run(str(output)))
+    before = {path.name: path.stat().st_mtime_ns for path in run.glob("labels/*.tar")}
+    next(run.glob("labels/0000-000001-*.done.json")).unlink()
+    assert "is not committed" in afa("verify-labels", output, status=1)
+    assert "2 of 3 units are done already" in afa(*words)
+    after = {path.name: path.stat().st_mtime_ns for path in run.glob("labels/*.tar")}
+    assert after.keys() == before.keys()
+    assert [name[:11] for name in after if after[name] != before[name]] == ["0000-000001"]
+    # Another configuration is another run beside it; another input does not belong here.
+    afa(*words, "--ignore-band")
+    assert len(list(output.glob("run-*/run.json"))) == 2
+    assert "holds labels of" in afa("label", "--model", bundle, "--input", tmp_path, "--output", output, status=2)
+
+
+@pytest.mark.parametrize("damage", ["mask", "tar", "rows", "stray", "marker"])
+def test_verification_finds_what_was_damaged(bundle: Path, tmp_path: Path, damage: str) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(4):
+        (pictures / f"{index}.png").write_bytes(picture(index))
+    afa("label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2)
+    folder = Path(find_run(str(output))) / "labels"
+    tar, rows = min(folder.glob("*.tar")), min(folder.glob("*.parquet"))
+    marker = min(folder.glob("*.done.json"))
+    if damage == "mask":
+        with tarfile.open(tar) as source:
+            members = [(member, source.extractfile(member).read()) for member in source]  # type: ignore[union-attr]
+        with wds.TarWriter(str(tar), encoder=False) as writer:
+            for member, data in members[:-2]:
+                key, suffix = member.name.rsplit(".", 1)
+                writer.write({"__key__": key, suffix: data})
+        values = json.loads(marker.read_text())
+        marker.write_text(json.dumps(values | {"tar_sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}))
+        expected = "is 0 times in"
+    elif damage == "tar":
+        tar.write_bytes(tar.read_bytes()[:-600])
+        expected = "differs from its SHA-256"
+    elif damage == "rows":
+        table = pq.read_table(rows)
+        pq.write_table(table.slice(0, 1), rows)
+        expected = "input 1 has no row"
+    elif damage == "stray":
+        (folder / "stray.tar").touch()
+        expected = "stray.tar belongs to no committed unit"
+    else:
+        marker.unlink()
+        expected = "is not committed"
+    assert expected in afa("verify-labels", output, status=1)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_labelling_that_is_stopped_goes_on(bundle: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(64):
+        (pictures / f"{index}.png").write_bytes(picture(index, 96))
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2]
+    with afa_running(*words, until=lambda: len(done_units(output)) >= 2 if output.is_dir() else False) as process:
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=60)
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted: the same command goes on" in error
+        assert "Traceback" not in error
+    assert 2 <= len(done_units(output)) < 32
+    assert "images 64  labels 64  quarantined 0" in afa(*words)
+    assert verified(output)
+
+
+def test_two_drivers_on_one_output(bundle: Path, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(240):
+        (pictures / f"{index}.png").write_bytes(picture(index, 128))
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2]
+    with afa_running(*words, until=lambda: bool(done_units(output)) if output.is_dir() else False) as process:
+        assert "another driver is labelling" in afa(*words, status=2)
+        printed, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert "images 240  labels 240" in printed
+    assert verified(output)
+
+
+def test_labels_of_shards_take_their_tags(bundle: Path, tmp_path: Path) -> None:
+    shards, output = tmp_path / "shards", tmp_path / "labels"
+    shards.mkdir()
+    for name in ("whole", "cut"):
+        with wds.TarWriter(str(shards / f"{name}.tar"), encoder=False) as writer:
+            for index in range(6):
+                tags = json.dumps({"tags": ["disc", "unicorn"] if index % 2 else ["ring"]}).encode()
+                writer.write({"__key__": f"{index:03d}", "png": picture(index), "json": tags})
+            writer.write({"__key__": "../escape", "png": picture(7)})
+            writer.write({"__key__": "000", "png": picture(7)})
+    data = (shards / "cut.tar").read_bytes()
+    (shards / "cut.tar").write_bytes(data[: len(data) // 2])
+    printed = afa("label", "--model", bundle, "--input", shards, "--output", output)
+    assert "quarantined 1: bad_shard" in printed
+    rows = {row["key"]: row for row in rows_of(output)}
+    assert Counter(row["reason"] for row in rows.values() if row["input"] == "whole") == {
+        None: 6, "bad_key": 1, "duplicate_key": 1,
+    }  # fmt: skip
+    assert rows["whole/001"]["tags"] == ["disc"]
+    assert rows["whole/001"]["unknown_tags"] == ["unicorn"]
+    assert rows["whole/001"]["tags_source"] == "given"
+    assert rows["whole/001"]["uri"] == f"{shards}/whole.tar#001"
+    assert verified(output)
+
+
+def test_a_table_of_uris_with_tags(bundle: Path, tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / f"{index}.png").write_bytes(picture(index))
+    table = tmp_path / "table.csv"
+    lines = ["uri,tags", f"{tmp_path}/0.png,disc", "1.png,", "2.png,square;ring", "2.png,disc", "no.png,disc",
+             "../x.png,disc", "http://a.b/c.png,disc"]  # fmt: skip
+    table.write_text("\n".join(lines))
+    afa("label", "--model", bundle, "--input", table, "--output", tmp_path / "labels")
+    rows = {row["key"]: row for row in rows_of(tmp_path / "labels")}
+    assert rows["0"]["tags"] == ["disc"]
+    assert rows["1"]["tags"] == []
+    assert Counter(row["reason"] for row in rows.values()) == {
+        None: 3, "duplicate_key": 1, "missing_object": 1, "bad_path": 1, "bad_uri": 1,
+    }  # fmt: skip
+    assert verified(tmp_path / "labels")
+
+
+def test_a_bucket_with_a_bad_server_is_labelled_extended_and_tried_again(
+    bundle: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boto3.client("s3").create_bucket(Bucket="store")
+    source, output = "s3://store/pictures", "s3://store/labels/out"
+    for index in range(40):
+        write_object(f"{source}/{index % 3}/{index:03d}.png", picture(index))
+    write_object(f"{source}/0/bad.png", b"no picture")
+    words = ["label", "--model", bundle, "--input", source, "--output", output, "--unit-size", 5]
+    with fault_proxy(s3, share=0.05) as proxy:
+        proxy.forbidden.add("store/pictures/1/001.png")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        # Workers are to see the proxy: a Ray of their own.
+        monkeypatch.delenv("RAY_ADDRESS")
+        printed = afa(*words)
+        assert "images 41  labels 39  quarantined 2" in printed
+        assert "quarantined 1: forbidden" in printed
+        assert verified(output)
+        assert sum(proxy.counts[fault] for fault in ("500", "503", "slow", "cut")) > 0
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    write_object(f"{source}/0/bad.png", picture(50))
+    printed = afa(*words, "--only", "quarantined")
+    assert "2 quarantined inputs are tried again" in printed
+    assert "images 41  labels 41  quarantined 0" in printed
+    write_object(f"{source}/new.png", picture(60))
+    write_object(f"{source}/1/004.png", picture(61, 80))
+    before = set(done_units(output))
+    printed = afa(*words, "--incremental")
+    assert "2 new or changed" in printed
+    assert "images 42  labels 42  quarantined 0" in printed
+    assert len(set(done_units(output)) - before) == 1
+    assert masks_of(output)["1/004"].size == (80, 80)
+    assert verified(output)
+    assert "images 42  labels 42" in afa(*words)
+
+
+def test_a_full_disk_stops_the_job_and_loses_nothing(bundle: Path, small_disk: Path, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", small_disk / "labels"
+    pictures.mkdir()
+    for index in range(24):
+        (pictures / f"{index}.png").write_bytes(picture(index, 128))
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(os.urandom(2_000_000))
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 4]
+    printed = afa(*words, status=2)
+    assert "No space left on device" in printed
+    assert "Traceback" not in printed
+    ballast.unlink()
+    assert "images 24  labels 24" in afa(*words)
+    assert verified(output)
+    assert not np.any([path.name.endswith(".partial") for path in output.rglob(".*")])
