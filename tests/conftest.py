@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from servers.s3 import ACCESS_KEY, SECRET_KEY, s3_server
+
+from afa_core.checkpoint import save_bundle
+from afa_core.classes import SHAPES
+from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
+from afa_core.model import build_model
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +62,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system is not allowed here")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model: what it says does not matter here."""
+    folder = tmp_path_factory.mktemp("bundle")
+    config = ModelConfig(backbone="mit_tiny", decoder_channels=16)
+    torch.manual_seed(0)
+    cam, par = CamConfig(scales=(1.0,), affinity_radius=2), ParConfig(dilations=(1,), iterations=1)
+    save_bundle(folder, build_model(config, len(SHAPES)), SHAPES, config, cam, par, LabelConfig(max_side_px=128))
+    return folder

@@ -3,68 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import signal
 import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import webdataset as wds
 from commands import afa, afa_running
+from labelling import done_units, masks_of, picture, rows_of, verified
 from PIL import Image
 from servers.fault_proxy import fault_proxy
 
-from afa_core.checkpoint import save_bundle
-from afa_core.classes import SHAPES
-from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
 from afa_core.data.shapes import draw
-from afa_core.model import build_model
-from infra.object_store import list_objects, write_object
-from pipelines.label_set import committed_units, find_run
+from infra.object_store import write_object
+from pipelines.label_set import find_run
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model: what it says does not matter here."""
-    folder = tmp_path_factory.mktemp("bundle")
-    config = ModelConfig(backbone="mit_tiny", decoder_channels=16)
-    torch.manual_seed(0)
-    cam, par = CamConfig(scales=(1.0,), affinity_radius=2), ParConfig(dilations=(1,), iterations=1)
-    save_bundle(folder, build_model(config, len(SHAPES)), SHAPES, config, cam, par, LabelConfig(max_side_px=128))
-    return folder
-
-
-def picture(index: int, size_px: int = 64, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(draw(9, index, size_px).image).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def rows_of(output: str | Path) -> list[dict[str, Any]]:
-    return [row for unit in committed_units(find_run(str(output))) for row in unit.rows]
-
-
-def masks_of(output: str | Path) -> dict[str, Image.Image]:
-    units = committed_units(find_run(str(output)))
-    return {key: Image.open(io.BytesIO(mask)) for unit in units for key, (mask, _) in unit.members().items()}
-
-
-def done_units(output: str | Path) -> list[str]:
-    return [found.uri for found in list_objects(str(output)) if found.uri.endswith(".done.json")]
-
-
-def verified(output: str | Path) -> bool:
-    return "clean" in afa("verify-labels", output)
 
 
 def test_labels_of_a_folder_with_bad_pictures(bundle: Path, tmp_path: Path) -> None:
