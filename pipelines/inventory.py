@@ -125,7 +125,7 @@ class InventoryWriter:
             repeats = repeats + 1 if (key, uri) == (last_key, last_uri) else 0
             own_key, own_problem = _usable_key(key, uri, problem)
             if key == last_key or taken:
-                own_key = f"{own_key}~{_short(uri)}"
+                own_key = f"{own_key}~{_short(key, uri)}"
             if repeats:
                 own_key, own_problem = f"{own_key}-{repeats}", "duplicate_key"
             last_key, last_uri = key, uri
@@ -266,8 +266,8 @@ def _usable_key(key: str, uri: str, problem: str) -> tuple[str, str]:
     try:
         return check_key(key), problem
     except BadSample as bad:
-        return f"key-{_short(uri)}", problem or bad.reason
+        return f"key-{_short(key, uri)}", problem or bad.reason
 
 
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+def _short(key: str, uri: str) -> str:
+    return hashlib.sha256(f"{key}\0{uri}".encode("utf-8", "surrogateescape")).hexdigest()[:12]

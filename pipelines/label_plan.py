@@ -66,6 +66,7 @@ def open_run(job: LabelJob, source: str) -> None:
             "input": source,
             "model": job.model,
             "model_digest": job.model_digest,
+            "classes": job.classes,
             "label_config": dataclasses.asdict(job.label_config),
             "config_digest": job.config_digest,
         }

@@ -57,8 +57,14 @@ MANIFEST = pa.schema(
         ("unknown_tags", pa.list_(pa.string())),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("area", pa.list_(pa.float32())),  # share of the pixels, of each of the tags
         ("ignored_share", pa.float32()),
-        ("disagreement", pa.float32()),
+        ("confidence", pa.float32()),  # mean over the decided pixels
+        ("disagreement", pa.float32()),  # label and segmentation head, share of the decided pixels
+        ("affinity_disagreement", pa.float32()),  # refined CAM with and without the affinity
+        ("tags_without_pixels", pa.list_(pa.string())),
+        ("classes_without_tag", pa.list_(pa.string())),  # the classifier is sure, the given tags lack them
+        ("uncertainty", pa.float32()),  # of the four, the review queue's order
     ]
 )
 

@@ -30,6 +30,7 @@ class LabelJob:
     bundle_dir: str
     model: str
     model_digest: str
+    classes: tuple[str, ...]
     label_config: LabelConfig
     config_digest: str
     run: str

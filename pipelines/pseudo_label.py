@@ -114,6 +114,7 @@ def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, outpu
         bundle_dir=str(bundle_dir),
         model=model,
         model_digest=bundle.digest,
+        classes=bundle.classes,
         label_config=config,
         config_digest=config_digest,
         run=run_uri(output, bundle.digest, config_digest),
