@@ -139,10 +139,21 @@ class LabelConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    # A class counts as present in an untagged picture from this probability on.
+    # Which tags a picture is labelled with: given ones, those the classifier is sure of, or given ones where there are.
+    tags: Literal["auto", "given", "predicted"] = "auto"
+    # A class counts as predicted from this probability on.
     tag_probability: Share = 0.5
-    # Leave pixels between the low and the high background score ignored (255) instead of deciding at
-    # cam.background_score.
+    # What decides: the class activation maps, the segmentation head, or both where they agree (else ignored).
+    head: Literal["cam", "segmentation", "agreement"] = "cam"
+    # What is done to the class activation maps.
+    refine: Literal["none", "par", "affinity", "affinity+par"] = "affinity+par"
+    # None: those of cam.scales.
+    scales: Annotated[tuple[Positive, ...], MinLen(1)] | None = None
+    # Dense CRF at the end.
+    crf: bool = False
+    # None: cam.background_score.
+    background_score: Share | None = None
+    # Leave pixels between the low and the high background score ignored (255) instead of deciding at one score.
     ignore_band: bool = False
     # Larger pictures are labelled at this long side and the mask is brought back.
     max_side_px: Annotated[int, Ge(64)] = 512

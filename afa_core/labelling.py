@@ -1,17 +1,19 @@
 """Pictures of any size in, label maps out: what a finished model does with a store of pictures.
 
 A picture without tags gets those that the classifier is sure of. Large pictures are labelled at a bounded size and
-the label map is brought back; small ones are padded, the padding being outside their box. Refinement is
-``pseudo_label.make_pseudo_label``, the same as in training, with the affinity.
+the label map is brought back; small ones are padded, the padding being outside their box. Refinement is that of
+``pseudo_label``, the same as in training.
 
 Shapes: H x W the picture's own size; F foreground classes, C = F + 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +22,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from afa_core.cam import resize
+from afa_core import crf
+from afa_core.cam import multi_scale_cam, resize
 from afa_core.checkpoint import Bundle
-from afa_core.classes import IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
+from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
 from afa_core.config import LabelConfig
+from afa_core.crf import CrfConfig
 from afa_core.data.transforms import denormalise_to_unit, normalise
-from afa_core.pseudo_label import BackgroundScores, RefinedMaps, make_pseudo_label, valid_channels
+from afa_core.picture_label import Opinions, PictureLabel, describe
+from afa_core.pseudo_label import (
+    BackgroundScores,
+    RefinedMaps,
+    low_high_to_label,
+    refine_affinity,
+    refine_cam,
+    valid_channels,
+)
+from afa_core.segmentation import multi_scale_segmentation
 
 # The finest grid must not be smaller than the reduction of the first stage's attention: 8 tokens of 4 pixels.
 SMALLEST_SIDE_PX = 32
@@ -34,32 +47,6 @@ SMALLEST_SIDE_PX = 32
 BLOCK_ABOVE = 4
 
 Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class PictureLabel:
-    """The label of one picture and what is known about it.
-
-    Attributes:
-        label: [H, W] uint8, 0 background, 1..F, 255 ignored.
-        tags: classes that were looked for, in list order.
-        tags_given: whether they came with the picture; else the classifier predicted them.
-        unknown_tags: given tags that the model has no class for.
-        area: share of the pixels per tag, 0..1.
-        confidence: mean over the class's pixels of its share of the refined maps, per tag with pixels, 0..1.
-        ignored_share: share of the pixels that are 255.
-        disagreement: share of the decided pixels where the segmentation head, asked for the same tags, says
-            another class.
-    """
-
-    label: Pixels
-    tags: tuple[str, ...]
-    tags_given: bool
-    unknown_tags: tuple[str, ...]
-    area: dict[str, float]
-    confidence: dict[str, float]
-    ignored_share: float
-    disagreement: float
 
 
 @dataclass(frozen=True)
@@ -132,9 +119,10 @@ def working_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
 def background_scores(bundle: Bundle, config: LabelConfig) -> BackgroundScores:
     """(low, high) that labelling decides with."""
     cam = bundle.cam_config
+    score = cam.background_score if config.background_score is None else config.background_score
     if config.ignore_band:
-        return cam.background_score_low, cam.background_score_high
-    return cam.background_score, cam.background_score
+        return min(score, cam.background_score_low), max(score, cam.background_score_high)
+    return score, score
 
 
 def _label_batch(
@@ -146,68 +134,95 @@ def _label_batch(
     device = next(bundle.model.parameters()).device
     image = torch.stack([picture.image for picture in pictures])
     height, width = image.shape[2:]
-    image = pad_small(image, bundle.cam_config.scales).to(device)
-    boxes = torch.tensor([[0, height, 0, width]]).expand(len(pictures), 4)
+    scales = config.scales or bundle.cam_config.scales
+    image = pad_small(image, scales).to(device)
     output = bundle.model(image)
-    predicted = (output.class_logits.sigmoid() > config.tag_probability).float().cpu()
+    predicted = (output.class_logits.sigmoid() > config.tag_probability).float()
+    given = [None if config.tags == "predicted" else names for names in tags]
     cls_label = torch.stack(
         [
-            predicted[index] if given is None else tags_to_cls_label(given, bundle.classes)
-            for index, given in enumerate(tags)
+            predicted[index] if names is None else tags_to_cls_label(names, bundle.classes).to(device)
+            for index, names in enumerate(given)
         ]
-    ).to(device)
-    made = make_pseudo_label(
-        bundle.model,
-        image,
-        denormalise_to_unit(image),
-        cls_label,
-        boxes,
-        bundle.cam_config,
-        bundle.par_config,
-        background_scores=background_scores(bundle, config),
     )
-    assert made.refined_affinity is not None
+    maps = _cam_maps(bundle, image, cls_label, (height, width), config, scales)
+    logits = output.seg_logits
+    if config.head != "cam":
+        logits = multi_scale_segmentation(bundle.model, image, scales)
     invalid = ~valid_channels(cls_label)[:, :, None, None]
-    seg_label = resize(output.seg_logits.masked_fill(invalid, -torch.inf), image.shape[2:]).argmax(1)
-    return [
-        _picture_label(bundle, pictures[index], given, cls_label[index], made.refined_affinity, seg_label, index)
-        for index, given in enumerate(tags)
-    ]
+    # Masked after resizing: between 0 and minus infinity interpolation finds no number.
+    segmentation = resize(logits, image.shape[2:]).masked_fill(invalid, -torch.inf).softmax(1)
+    labels = []
+    for index, picture in enumerate(pictures):
+        inside = (index, ..., slice(0, height), slice(0, width))
+        opinions = _opinions(maps, segmentation, inside, denormalise_to_unit(image)[inside], config)
+        opinions = dataclasses.replace(opinions, predicted=tuple(cls_label_to_tags(predicted[index], bundle.classes)))
+        full = to_full_size(opinions.label.to(torch.uint8).cpu().numpy(), picture.full_size)
+        names = tuple(cls_label_to_tags(cls_label[index], bundle.classes))
+        labels.append(describe(opinions, full, bundle.classes, names, given[index]))
+    return labels
 
 
-def _picture_label(
+@dataclass(frozen=True)
+class _CamMaps:
+    """Refined maps of the CAM, and of the CAM walked along the affinity if that is wanted."""
+
+    plain: RefinedMaps
+    walked: RefinedMaps | None
+
+
+def _cam_maps(
     bundle: Bundle,
-    picture: WorkingPicture,
-    given: Sequence[str] | None,
+    image: Tensor,
     cls_label: Tensor,
-    refined: RefinedMaps,
-    seg_label: Tensor,
-    index: int,
-) -> PictureLabel:
-    height, width = picture.image.shape[1:]
-    inside = (index, slice(0, height), slice(0, width))
-    label, maps = refined.label[inside], refined.low[index, :, :height, :width]
-    decided = label != IGNORE_INDEX
-    share = maps / maps.sum(0).clamp(min=1e-8)
-    names = cls_label_to_tags(cls_label, bundle.classes)
-    area, confidence = {}, {}
-    for name in names:
-        channel = bundle.classes.index(name) + 1
-        here = label == channel
-        area[name] = float(here.float().mean())
-        if here.any():
-            confidence[name] = float(share[channel][here].mean())
-    differing = (label != seg_label[inside]) & decided
-    return PictureLabel(
-        label=to_full_size(label.to(torch.uint8).cpu().numpy(), picture.full_size),
-        tags=tuple(names),
-        tags_given=given is not None,
-        unknown_tags=tuple(tag for tag in given or () if tag not in bundle.classes),
-        area=area,
-        confidence=confidence,
-        ignored_share=float((~decided).float().mean()),
-        disagreement=float(differing.sum() / decided.sum().clamp(min=1)),
-    )
+    size: tuple[int, int],
+    config: LabelConfig,
+    scales: Sequence[float],
+) -> _CamMaps:
+    """What ``config.refine`` makes of the CAM; without PAR the maps are only resized."""
+    par = bundle.par_config
+    if "par" not in config.refine:
+        par = dataclasses.replace(par, iterations=0, shrink_factor=1)
+    boxes = torch.tensor([[0, size[0], 0, size[1]]]).expand(len(image), 4)
+    unit, scores = denormalise_to_unit(image), background_scores(bundle, config)
+    cam = multi_scale_cam(bundle.model, image, scales)
+    plain = refine_cam(unit, cam.cam, cls_label, boxes, scores, par)
+    if "affinity" not in config.refine:
+        return _CamMaps(plain, None)
+    return _CamMaps(plain, refine_affinity(unit, cam, cls_label, boxes, scores, bundle.cam_config, par))
+
+
+def _opinions(
+    maps: _CamMaps, segmentation: Tensor, inside: tuple[Any, ...], unit: Tensor, config: LabelConfig
+) -> Opinions:
+    """The label of one picture by the head that decides, and the others' for comparison."""
+    chosen = maps.walked or maps.plain
+    seg_probability = segmentation[inside]
+    low, high = _shares(chosen.low[inside]), _shares(chosen.high[inside])
+    if config.crf:
+        colours = unit.permute(1, 2, 0) * 255
+        same = torch.equal(low, high)
+        low = crf.refine(colours, low, CrfConfig())
+        high = low if same else crf.refine(colours, high, CrfConfig())
+        if config.head != "cam":
+            seg_probability = crf.refine(colours, seg_probability, CrfConfig())
+    seg_label = seg_probability.argmax(0)
+    cam_label = low_high_to_label(low, high)
+    label, share = cam_label, low
+    if config.head == "segmentation":
+        label, share = seg_label, seg_probability
+    elif config.head == "agreement":
+        label = label.masked_fill(label != seg_label, IGNORE_INDEX)
+    changed = None if maps.walked is None else maps.walked.label[inside] != maps.plain.label[inside]
+    return Opinions(label, share, cam_label, seg_label, changed, ())
+
+
+def _shares(maps: Tensor) -> Tensor:
+    """[C, h, w] brought to a sum of 1 over C; where there is nothing it is background."""
+    total = maps.sum(0)
+    shares = maps / total.clamp(min=1e-8)
+    shares[BACKGROUND][total < 1e-8] = 1.0
+    return shares
 
 
 def to_full_size(label: Pixels, full_size: tuple[int, int]) -> Pixels:

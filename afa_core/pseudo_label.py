@@ -171,10 +171,14 @@ def _refine_valid(picture: Tensor, runs: list[Tensor], cls_label: Tensor, config
 
 
 def _to_refined_maps(low: Tensor, high: Tensor, boxes: Tensor) -> RefinedMaps:
-    """The label: class of the high run, background where both say so, else ignored; nothing outside the box."""
-    low_label, label = low.argmax(dim=1), high.argmax(dim=1)
+    return RefinedMaps(low, high, ignore_outside(low_high_to_label(low, high), boxes))
+
+
+def low_high_to_label(low: Tensor, high: Tensor) -> Tensor:
+    """[..., C, H, W] twice -> [..., H, W]: class of the high run, background where both say so, else ignored."""
+    low_label, label = low.argmax(dim=-3), high.argmax(dim=-3)
     undecided = (label == BACKGROUND) & (low_label != BACKGROUND)
-    return RefinedMaps(low, high, ignore_outside(label.masked_fill(undecided, IGNORE_INDEX), boxes))
+    return label.masked_fill(undecided, IGNORE_INDEX)
 
 
 def _shrunk(size: torch.Size | tuple[int, int], config: ParConfig) -> tuple[int, int]:

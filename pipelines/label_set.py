@@ -43,6 +43,7 @@ RUN_FILE = "run.json"
 RUN_PREFIX = "run-"
 LABELS = "labels"
 MARKER = ".done.json"
+UNKNOWN_TAGS = 50
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -76,6 +77,7 @@ class Counts:
     images: int = 0
     labels: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    unknown_tags: dict[str, int] = field(default_factory=dict)
 
     @property
     def quarantined(self) -> int:
@@ -87,6 +89,14 @@ class Counts:
         self.labels += other.labels
         for reason, count in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
+        for tag, count in other.unknown_tags.items():
+            self.see_unknown([tag] * count)
+
+    def see_unknown(self, tags: Iterable[str]) -> None:
+        """Count tags that the model has no class for; beyond ``UNKNOWN_TAGS`` different ones under one name."""
+        for tag in tags:
+            name = tag if tag in self.unknown_tags or len(self.unknown_tags) < UNKNOWN_TAGS else "others"
+            self.unknown_tags[name] = self.unknown_tags.get(name, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Marker:
     images: int
     labels: int
     reasons: dict[str, int]
+    unknown_tags: dict[str, int]
     tar: str
     rows: str
     tar_sha256: str
@@ -105,7 +116,7 @@ class Marker:
 
     @property
     def counts(self) -> Counts:
-        return Counts(self.images, self.labels, dict(self.reasons))
+        return Counts(self.images, self.labels, dict(self.reasons), dict(self.unknown_tags))
 
 
 def run_uri(output: str, model_digest: str, config_digest: str) -> str:
@@ -237,10 +248,11 @@ def count_rows(run: str) -> Counts:
         for marker in load_markers(run, committed_names(run)):
             total.add(marker.counts)
         return total
-    for unit in committed_units(run, ["status", "reason"]):
+    for unit in committed_units(run, ["status", "reason", "unknown_tags"]):
         quarantined = [row["reason"] for row in unit.rows if row["status"] != "ok"]
         labels = len(unit.rows) - len(quarantined)
         total.add(Counts(len(unit.rows), labels, dict(collections.Counter(quarantined))))
+        total.see_unknown(tag for row in unit.rows for tag in row["unknown_tags"] or ())
     return total
 
 

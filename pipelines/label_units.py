@@ -112,6 +112,8 @@ def _decoded(raw: _Raw, classes: tuple[str, ...], config: LabelConfig) -> Input:
         if isinstance(raw.members, BadSample):
             raise raw.members
         sample = decode_sample(raw.members, classes, config.max_megapixels)
+        if config.tags == "given" and sample.tags is None:
+            raise BadSample("no_tags", "and --tags given")
     except BadSample as bad:
         return Input(raw.key, raw.parent, raw.uri, raw.etag, None, None, bad.reason, bad.detail)
     picture = to_working_picture(sample.image, config.max_side_px)
@@ -209,6 +211,7 @@ class UnitWriter:
         self._tar.write({"__key__": item.key, "png": mask_png, "json": json.dumps(facts, sort_keys=True).encode()})
         self._add_row(item, "ok", row)
         self.counts.labels += 1
+        self.counts.see_unknown(row["unknown_tags"])
 
     def quarantine(self, item: Input) -> None:
         """An input that has no label; the row says why."""
@@ -237,6 +240,7 @@ class UnitWriter:
             "images": self.counts.images,
             "labels": self.counts.labels,
             "reasons": self.counts.reasons,
+            "unknown_tags": self.counts.unknown_tags,
             "tar": tar_name,
             "rows": rows_name,
             "tar_sha256": digest,

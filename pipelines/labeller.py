@@ -16,7 +16,8 @@ from ray.util.metrics import Counter
 from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
 from afa_core.data.sample import encode_mask
-from afa_core.labelling import PictureLabel, label_working_pictures
+from afa_core.labelling import label_working_pictures
+from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
 from pipelines.inventory import Unit
 from pipelines.label_set import Counts
@@ -98,13 +99,15 @@ class Labeller:
     def _facts(self, label: PictureLabel) -> dict[str, Any]:
         """What the JSON beside a mask says."""
         return {
-            "tags": list(label.tags),
-            "tags_source": "given" if label.tags_given else "predicted",
-            "unknown_tags": list(label.unknown_tags),
-            "area": label.area,
-            "confidence": label.confidence,
-            "ignored_share": label.ignored_share,
-            "disagreement": label.disagreement,
+            **manifest_row(label),
+            "by_class": {
+                name: {
+                    "area": label.area[name],
+                    "confidence": label.class_confidence.get(name),
+                    "disagreement": label.class_disagreement.get(name),
+                }
+                for name in label.tags
+            },
             "classes": list(self.bundle.classes),
             "model": self.job.model,
             "model_digest": self.job.model_digest,
@@ -139,6 +142,12 @@ def manifest_row(label: PictureLabel) -> dict[str, Any]:
         "unknown_tags": list(label.unknown_tags),
         "width": width,
         "height": height,
+        "area": [label.area[name] for name in label.tags],
         "ignored_share": label.ignored_share,
+        "confidence": label.confidence,
         "disagreement": label.disagreement,
+        "affinity_disagreement": label.affinity_disagreement,
+        "tags_without_pixels": list(label.tags_without_pixels),
+        "classes_without_tag": list(label.classes_without_tag),
+        "uncertainty": label.uncertainty,
     }

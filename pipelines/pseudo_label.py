@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import hashlib
 import json
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from pipelines.cli import stage_main
 from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
 from pipelines.inventory import Unit, list_generations, load_units
+from pipelines.label_options import add_label_options, config_digest, label_config
 from pipelines.label_plan import add_generations, check_output, open_run
 from pipelines.label_set import Counts, committed_names, count_rows, remove_leftovers, run_uri
 from pipelines.label_sources import absolute_source
@@ -48,10 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per processor)")
     parser.add_argument("--unit-size", type=int, default=64, help="most pictures in a work unit (default: 64)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures decoded at a time (default: 8)")
-    parser.add_argument("--ignore-band", action="store_true", help="leave doubtful pixels 255 instead of deciding them")
-    parser.add_argument("--tag-probability", type=float, help="from which a class counts in an untagged picture")
-    parser.add_argument("--max-side-px", type=int, help="larger pictures are labelled at this long side")
     parser.add_argument("--tracking-uri", help="MLflow server (default: MLFLOW_TRACKING_URI, then runs/mlflow.db)")
+    add_label_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,25 +97,16 @@ def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, outpu
         UsageError: an option is out of range.
     """
     bundle = load_bundle(bundle_dir)
-    probability, side = arguments.tag_probability, arguments.max_side_px
-    if probability is not None and not 0 <= probability <= 1:
-        raise UsageError(f"--tag-probability {probability}: must lie between 0 and 1")
-    if side is not None and side < 64:
-        raise UsageError(f"--max-side-px {side}: must be at least 64")
-    overrides = {"tag_probability": probability, "max_side_px": side, "ignore_band": arguments.ignore_band or None}
-    config = dataclasses.replace(
-        bundle.label_config, **{name: value for name, value in overrides.items() if value is not None}
-    )
-    parts = [dataclasses.asdict(part) for part in (config, bundle.cam_config, bundle.par_config)]
-    config_digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    config = label_config(arguments, bundle)
+    digest = config_digest(config, bundle)
     return LabelJob(
         bundle_dir=str(bundle_dir),
         model=model,
         model_digest=bundle.digest,
         classes=bundle.classes,
         label_config=config,
-        config_digest=config_digest,
-        run=run_uri(output, bundle.digest, config_digest),
+        config_digest=digest,
+        run=run_uri(output, bundle.digest, digest),
         batch_size=arguments.batch_size,
     )
 
@@ -176,6 +165,9 @@ def summary(total: Counts, results: list[UnitResult], seconds: float, run_uri: s
         f"images {total.images}  labels {total.labels}  quarantined {total.quarantined}  {rate:.1f} images/s",
         *(f"  quarantined {count}: {reason}" for reason, count in sorted(total.reasons.items())),
     ]
+    if total.unknown_tags:
+        counted = ", ".join(f"{tag} ({count})" for tag, count in sorted(total.unknown_tags.items()))
+        lines.append(f"  tags that the model has no class for: {counted}")
     if total.quarantined:
         lines.append("  try these again with --only quarantined")
     if stages.total():

@@ -1,0 +1,138 @@
+"""The label of one picture, and what weakly supervised segmentation knows about its own doubt.
+
+Three opinions come for free with every label: the class activation maps, the same after the walk along the affinity,
+and the segmentation head. Where they differ, where tags and mask contradict each other, where the maps are flat, a
+person should look first.
+
+Shapes: H x W the picture's own size; h x w its working size; C = F + 1 classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afa_core.classes import IGNORE_INDEX
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLabel:
+    """The label of one picture and what is known about it; shares are 0..1.
+
+    Attributes:
+        label: [H, W] uint8, 0 background, 1..F, 255 ignored.
+        tags: classes that were looked for, in list order.
+        tags_given: whether they came with the picture; else the classifier predicted them.
+        unknown_tags: given tags that the model has no class for.
+        area: share of the pixels, per tag.
+        class_confidence: mean over the class's pixels of its share of the maps, per tag with pixels.
+        confidence: the same over all decided pixels, background included.
+        ignored_share: share of the pixels that are 255.
+        disagreement: share of the pixels decided by the activation maps where the segmentation head, asked for the
+            same tags, says another class.
+        class_disagreement: 1 - IoU of the class in the two, per tag with pixels in one.
+        affinity_disagreement: share of the pixels that the walk along the affinity changes; None if it was not taken.
+        tags_without_pixels: tags of which the label has no pixel.
+        classes_without_tag: classes the classifier is sure of that the given tags lack.
+    """
+
+    label: Pixels
+    tags: tuple[str, ...]
+    tags_given: bool
+    unknown_tags: tuple[str, ...]
+    area: dict[str, float]
+    class_confidence: dict[str, float]
+    confidence: float
+    ignored_share: float
+    disagreement: float
+    class_disagreement: dict[str, float]
+    affinity_disagreement: float | None
+    tags_without_pixels: tuple[str, ...]
+    classes_without_tag: tuple[str, ...]
+
+    @property
+    def uncertainty(self) -> float:
+        """0..1, what a review queue sorts by: the mean of disagreements, doubt, contradiction and ignored share."""
+        doubts = [self.disagreement, 1 - self.confidence, self.ignored_share]
+        doubts.append(float(bool(self.tags_without_pixels or self.classes_without_tag)))
+        if self.affinity_disagreement is not None:
+            doubts.append(self.affinity_disagreement)
+        return sum(doubts) / len(doubts)
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What was found for one picture at its working size.
+
+    Attributes:
+        label: [h, w] int64, the label.
+        share: [C, h, w] each class's share of the maps behind it, 0..1.
+        cam: [h, w] int64, the label by the activation maps.
+        segmentation: [h, w] int64, the label by the segmentation head.
+        affinity_changes: [h, w] boolean, where the walk along the affinity changes the label; None if not taken.
+        predicted: names of the classes that the classifier is sure of.
+    """
+
+    label: Tensor
+    share: Tensor
+    cam: Tensor
+    segmentation: Tensor
+    affinity_changes: Tensor | None
+    predicted: tuple[str, ...]
+
+
+def describe(
+    opinions: Opinions,
+    full_label: Pixels,
+    classes: tuple[str, ...],
+    tags: tuple[str, ...],
+    given: Sequence[str] | None,
+) -> PictureLabel:
+    """What is known about a label.
+
+    Args:
+        opinions: at working size.
+        full_label: [H, W] the label as it is written.
+        classes: of the model.
+        tags: that were looked for.
+        given: tags that came with the picture and were used; None if the classifier's were.
+    """
+    label, cam, segmentation = opinions.label, opinions.cam, opinions.segmentation
+    decided, comparable = label != IGNORE_INDEX, cam != IGNORE_INDEX
+    own_share = opinions.share.gather(0, label.masked_fill(~decided, 0)[None])[0]
+    area, confidence, disagreement = {}, {}, {}
+    for name in tags:
+        channel = classes.index(name) + 1
+        here = label == channel
+        one, other = cam == channel, (segmentation == channel) & comparable
+        area[name] = float(here.float().mean())
+        if here.any():
+            confidence[name] = float(own_share[here].mean())
+        if (one | other).any():
+            disagreement[name] = 1 - _share(one & other, one | other)
+    changes = opinions.affinity_changes
+    return PictureLabel(
+        label=full_label,
+        tags=tags,
+        tags_given=given is not None,
+        unknown_tags=tuple(tag for tag in given or () if tag not in classes),
+        area=area,
+        class_confidence=confidence,
+        confidence=float(own_share[decided].mean()) if decided.any() else 0.0,
+        ignored_share=float((~decided).float().mean()),
+        disagreement=_share((cam != segmentation) & comparable, comparable),
+        class_disagreement=disagreement,
+        affinity_disagreement=None if changes is None else float(changes.float().mean()),
+        tags_without_pixels=tuple(name for name in tags if area[name] == 0),
+        classes_without_tag=() if given is None else tuple(name for name in opinions.predicted if name not in tags),
+    )
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part.sum() / whole.sum().clamp(min=1))
