@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from afa_core import crf
-from afa_core.cam import multi_scale_cam, resize
+from afa_core.cam import MultiScaleCam, multi_scale_cam, resize
 from afa_core.checkpoint import Bundle
 from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
 from afa_core.config import LabelConfig
@@ -125,42 +124,94 @@ def background_scores(bundle: Bundle, config: LabelConfig) -> BackgroundScores:
     return score, score
 
 
-def _label_batch(
-    bundle: Bundle,
-    pictures: Sequence[WorkingPicture],
-    tags: Sequence[Sequence[str] | None],
-    config: LabelConfig,
-) -> list[PictureLabel]:
-    device = next(bundle.model.parameters()).device
+@dataclass(frozen=True)
+class _Batch:
+    """Pictures of one working size with what the network says of them.
+
+    Attributes:
+        image: [B, 3, h', w'], padded where they are small.
+        size: (h, w) without the padding.
+        given: tags that are used; None where the classifier's are.
+        predicted: [B, F] what the classifier is sure of.
+        cls_label: [B, F] what is looked for.
+        cam: maps and affinity.
+        segmentation: [B, C, h', w'] probabilities of the head, over the classes looked for.
+    """
+
+    image: Tensor
+    size: tuple[int, int]
+    given: list[Sequence[str] | None]
+    predicted: Tensor
+    cls_label: Tensor
+    cam: MultiScaleCam
+    segmentation: Tensor
+
+
+def _run(
+    bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
+) -> _Batch:
     image = torch.stack([picture.image for picture in pictures])
     height, width = image.shape[2:]
     scales = config.scales or bundle.cam_config.scales
-    image = pad_small(image, scales).to(device)
+    image = pad_small(image, scales).to(next(bundle.model.parameters()).device)
     output = bundle.model(image)
     predicted = (output.class_logits.sigmoid() > config.tag_probability).float()
     given = [None if config.tags == "predicted" else names for names in tags]
     cls_label = torch.stack(
         [
-            predicted[index] if names is None else tags_to_cls_label(names, bundle.classes).to(device)
+            predicted[index] if names is None else tags_to_cls_label(names, bundle.classes).to(image.device)
             for index, names in enumerate(given)
         ]
     )
-    maps = _cam_maps(bundle, image, cls_label, (height, width), config, scales)
     logits = output.seg_logits
     if config.head != "cam":
         logits = multi_scale_segmentation(bundle.model, image, scales)
     invalid = ~valid_channels(cls_label)[:, :, None, None]
     # Masked after resizing: between 0 and minus infinity interpolation finds no number.
     segmentation = resize(logits, image.shape[2:]).masked_fill(invalid, -torch.inf).softmax(1)
+    cam = multi_scale_cam(bundle.model, image, scales)
+    return _Batch(image, (height, width), given, predicted, cls_label, cam, segmentation)
+
+
+def _label_batch(
+    bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
+) -> list[PictureLabel]:
+    batch = _run(bundle, pictures, tags, config)
+    maps = _refine(bundle, batch, config, background_scores(bundle, config))
     labels = []
     for index, picture in enumerate(pictures):
-        inside = (index, ..., slice(0, height), slice(0, width))
-        opinions = _opinions(maps, segmentation, inside, denormalise_to_unit(image)[inside], config)
-        opinions = dataclasses.replace(opinions, predicted=tuple(cls_label_to_tags(predicted[index], bundle.classes)))
-        full = to_full_size(opinions.label.to(torch.uint8).cpu().numpy(), picture.full_size)
-        names = tuple(cls_label_to_tags(cls_label[index], bundle.classes))
-        labels.append(describe(opinions, full, bundle.classes, names, given[index]))
+        opinions = _opinions(maps, batch, index, config)
+        opinions = dataclasses.replace(
+            opinions, predicted=tuple(cls_label_to_tags(batch.predicted[index], bundle.classes))
+        )
+        full = to_full_size(to_bytes(opinions.label), picture.full_size)
+        names = tuple(cls_label_to_tags(batch.cls_label[index], bundle.classes))
+        labels.append(describe(opinions, full, bundle.classes, names, batch.given[index]))
     return labels
+
+
+@torch.no_grad()
+def label_at_scores(
+    bundle: Bundle, picture: WorkingPicture, tags: Sequence[str] | None, config: LabelConfig, scores: Sequence[float]
+) -> tuple[list[Pixels], Pixels]:
+    """Labels [h, w] of one picture at several background scores, and the segmentation head's; without the CRF."""
+    batch = _run(bundle, [picture], [tags], config)
+    labels: list[Pixels] = []
+    for low, high in zip(scores[::2], [*scores[1::2], scores[-1]], strict=False):
+        maps = _refine(bundle, batch, config, (low, high))
+        chosen = maps.walked or maps.plain
+        inside = (0, ..., slice(0, batch.size[0]), slice(0, batch.size[1]))
+        labels += [to_bytes(run[inside].argmax(0)) for run in (chosen.low, chosen.high)]
+    segmentation = batch.segmentation[0, :, : batch.size[0], : batch.size[1]].argmax(0)
+    return labels[: len(scores)], to_bytes(segmentation)
+
+
+@torch.no_grad()
+def found_tags(bundle: Bundle, picture: WorkingPicture, config: LabelConfig) -> list[str]:
+    """What the classifier is sure of in one picture."""
+    image = pad_small(picture.image[None], config.scales or bundle.cam_config.scales)
+    logits = bundle.model(image.to(next(bundle.model.parameters()).device)).class_logits
+    return cls_label_to_tags((logits.sigmoid() > config.tag_probability).float()[0], bundle.classes)
 
 
 @dataclass(frozen=True)
@@ -171,36 +222,28 @@ class _CamMaps:
     walked: RefinedMaps | None
 
 
-def _cam_maps(
-    bundle: Bundle,
-    image: Tensor,
-    cls_label: Tensor,
-    size: tuple[int, int],
-    config: LabelConfig,
-    scales: Sequence[float],
-) -> _CamMaps:
+def _refine(bundle: Bundle, batch: _Batch, config: LabelConfig, scores: BackgroundScores) -> _CamMaps:
     """What ``config.refine`` makes of the CAM; without PAR the maps are only resized."""
     par = bundle.par_config
     if "par" not in config.refine:
         par = dataclasses.replace(par, iterations=0, shrink_factor=1)
-    boxes = torch.tensor([[0, size[0], 0, size[1]]]).expand(len(image), 4)
-    unit, scores = denormalise_to_unit(image), background_scores(bundle, config)
-    cam = multi_scale_cam(bundle.model, image, scales)
-    plain = refine_cam(unit, cam.cam, cls_label, boxes, scores, par)
+    boxes = torch.tensor([[0, batch.size[0], 0, batch.size[1]]]).expand(len(batch.image), 4)
+    unit = denormalise_to_unit(batch.image)
+    plain = refine_cam(unit, batch.cam.cam, batch.cls_label, boxes, scores, par)
     if "affinity" not in config.refine:
         return _CamMaps(plain, None)
-    return _CamMaps(plain, refine_affinity(unit, cam, cls_label, boxes, scores, bundle.cam_config, par))
+    walked = refine_affinity(unit, batch.cam, batch.cls_label, boxes, scores, bundle.cam_config, par)
+    return _CamMaps(plain, walked)
 
 
-def _opinions(
-    maps: _CamMaps, segmentation: Tensor, inside: tuple[Any, ...], unit: Tensor, config: LabelConfig
-) -> Opinions:
+def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) -> Opinions:
     """The label of one picture by the head that decides, and the others' for comparison."""
+    inside = (index, ..., slice(0, batch.size[0]), slice(0, batch.size[1]))
     chosen = maps.walked or maps.plain
-    seg_probability = segmentation[inside]
+    seg_probability = batch.segmentation[inside]
     low, high = _shares(chosen.low[inside]), _shares(chosen.high[inside])
     if config.crf:
-        colours = unit.permute(1, 2, 0) * 255
+        colours = denormalise_to_unit(batch.image)[inside].permute(1, 2, 0) * 255
         same = torch.equal(low, high)
         low = crf.refine(colours, low, CrfConfig())
         high = low if same else crf.refine(colours, high, CrfConfig())
@@ -223,6 +266,11 @@ def _shares(maps: Tensor) -> Tensor:
     shares = maps / total.clamp(min=1e-8)
     shares[BACKGROUND][total < 1e-8] = 1.0
     return shares
+
+
+def to_bytes(label: Tensor) -> Pixels:
+    """Label map int64 [h, w] -> uint8."""
+    return label.to(torch.uint8).cpu().numpy()
 
 
 def to_full_size(label: Pixels, full_size: tuple[int, int]) -> Pixels:

@@ -23,6 +23,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "register": ("pipelines.promote", "register", "make a run's best checkpoint a version in the registry"),
     "models": ("pipelines.promote", "models", "list registered models, aliases and scores"),
     "label": ("pipelines.pseudo_label", "", "write masks for a store of pictures or shards"),
+    "calibrate": ("pipelines.calibrate", "", "choose the background score, without masks or with a few"),
     "verify-labels": ("pipelines.verify_labels", "", "prove that a label set lost nothing and has nothing twice"),
     "demo": ("pipelines.demo", "", "the whole job on built-in data, in a few minutes"),
 }

@@ -47,7 +47,7 @@ def absolute_source(source: str) -> str:
     return source.rstrip("/") if source.startswith(S3) else str(Path(source).absolute())
 
 
-def list_source(source: str, leave_out: str) -> Iterator[Listed | None]:
+def list_source(source: str, leave_out: str | None = None) -> Iterator[Listed | None]:
     """Everything in a source, in any order; None for an object that is neither picture nor shard.
 
     Args:
@@ -72,9 +72,9 @@ def list_source(source: str, leave_out: str) -> Iterator[Listed | None]:
         )
 
 
-def _list_prefix(prefix: str, leave_out: str) -> Iterator[Listed | None]:
+def _list_prefix(prefix: str, leave_out: str | None) -> Iterator[Listed | None]:
     for found in list_objects(prefix):
-        if found.uri.startswith(f"{leave_out}/"):
+        if leave_out and found.uri.startswith(f"{leave_out}/"):
             continue
         name = PurePosixPath(found.uri[len(prefix.rstrip("/")) + 1 :])
         if name.suffix.lower() in PICTURE_SUFFIXES or name.suffix.lower() == SHARD_SUFFIX:

@@ -28,7 +28,7 @@ from afa_core.data.shards import BadShard, iterate_shard
 from afa_core.labelling import WorkingPicture, to_working_picture
 from infra.errors import ServiceError
 from infra.object_store import ObjectError, fetch_file, read_object, write_object
-from pipelines.inventory import Unit, is_shard, unit_rows
+from pipelines.inventory import is_shard
 from pipelines.label_set import MANIFEST, MARKER, Counts, label_uri, write_json
 from pipelines.label_sources import Listed
 
@@ -83,13 +83,15 @@ class _Raw:
     members: dict[str, Any] | BadSample
 
 
-def read_unit(unit: Unit, classes: tuple[str, ...], config: LabelConfig, seconds: StageSeconds) -> Iterator[Input]:
-    """Every input of a unit, decoded one by one; bad ones come with their reason.
+def read_inputs(
+    rows: list[Listed], classes: tuple[str, ...], config: LabelConfig, seconds: StageSeconds
+) -> Iterator[Input]:
+    """Every input of some inventory rows, decoded one by one; bad ones come with their reason.
 
     Raises:
         ServiceError: the store cannot be read at all.
     """
-    inputs = _raw_inputs(unit_rows(unit), int(config.max_file_mb * 1e6))
+    inputs = _raw_inputs(rows, int(config.max_file_mb * 1e6))
     unanswered = 0
     while True:
         started = time.monotonic()

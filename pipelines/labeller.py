@@ -19,9 +19,9 @@ from afa_core.data.sample import encode_mask
 from afa_core.labelling import label_working_pictures
 from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
-from pipelines.inventory import Unit
+from pipelines.inventory import Unit, unit_rows
 from pipelines.label_set import Counts
-from pipelines.label_units import Input, StageSeconds, UnitWriter, read_unit
+from pipelines.label_units import Input, StageSeconds, UnitWriter, read_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Labeller:
     def label_unit(self, unit: Unit) -> UnitResult:
         """Read, label, write and commit one unit."""
         writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
-        inputs = read_unit(unit, self.bundle.classes, self.job.label_config, seconds)
+        inputs = read_inputs(unit_rows(unit), self.bundle.classes, self.job.label_config, seconds)
         for batch in in_batches(inputs, self.job.batch_size):
             self._label_batch(batch, writer, seconds)
         writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
