@@ -32,6 +32,9 @@ from pipelines.label_sources import Listed, absolute_source, list_source
 from pipelines.label_units import Input, StageSeconds, read_inputs
 from pipelines.model_files import find_model
 
+# Kappa below which a choice would be one of noise.
+LEAST_AGREEMENT = 0.1
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa calibrate``."""
@@ -87,9 +90,9 @@ def by_agreement(
     for score in SCORES:
         table[score] |= {"heads": kappa(agreement.heads[score]), "views": kappa(agreement.views[score])}
         table[score]["agreement"] = agreement.criterion(score)
-    if agreement.criterion(agreement.choice()) <= 0:
+    if agreement.criterion(agreement.choice()) < LEAST_AGREEMENT:
         raise InputError(
-            f"at no score do the labels of {source} agree better than chance: the model finds no class in these"
+            f"at no score do the labels of {source} agree much better than chance: the model finds no class in these"
             " pictures; give tags (a table or shards), or train it further"
         )
     return {"background_score": agreement.choice(), "pictures": count}

@@ -79,10 +79,9 @@ def test_the_command_names_a_score_and_refuses_what_it_cannot_use(bundle: Path, 
     for index in range(4):
         Image.fromarray(draw(4, index, 48).image).save(tmp_path / f"{index}.png")
     assert "finds no class" in afa("calibrate", "--model", bundle, "--input", tmp_path, status=2)
-    table = tmp_path / "tags.csv"
-    table.write_text("uri,tags\n" + "".join(f"{index}.png,disc;ring\n" for index in range(4)))
-    printed = afa("calibrate", "--model", bundle, "--input", table, "--pictures", 3)
-    assert "by agreement (3 unlabelled pictures): --background-score 0." in printed
+    afa("shards", "shapes", tmp_path / "set", "--train", 4, "--val", 4, "--size-px", 64, "--samples-per-shard", 4)
+    printed = afa("calibrate", "--model", bundle, "--masked", tmp_path / "set", "--pictures", 3)
+    assert "by mIoU (3 masked pictures): --background-score 0." in printed
     assert "give --input" in afa("calibrate", "--model", bundle, status=2)
     (tmp_path / "none").mkdir()
     said = afa("calibrate", "--model", bundle, "--input", tmp_path / "none", status=2)
