@@ -70,11 +70,17 @@ class Labeller:
     def label_unit(self, unit: Unit) -> UnitResult:
         """Read, label, write and commit one unit."""
         writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
+        for _ in self.label_batches(unit, writer, seconds):
+            pass
+        writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
+        return UnitResult(writer.counts, seconds)
+
+    def label_batches(self, unit: Unit, writer: UnitWriter, seconds: StageSeconds) -> Iterator[int]:
+        """Label a unit batch by batch without committing it; yields the number of inputs of each."""
         inputs = read_inputs(unit_rows(unit), self.bundle.classes, self.job.label_config, seconds)
         for batch in in_batches(inputs, self.job.batch_size):
             self._label_batch(batch, writer, seconds)
-        writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
-        return UnitResult(writer.counts, seconds)
+            yield len(batch)
 
     def _label_batch(self, batch: list[Input], writer: UnitWriter, seconds: StageSeconds) -> None:
         started = time.monotonic()

@@ -27,6 +27,7 @@ from pipelines.cli import stage_main
 from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
 from pipelines.inventory import Unit, list_generations, load_units
+from pipelines.label_estimate import describe_plan
 from pipelines.label_options import add_label_options, config_digest, label_config
 from pipelines.label_plan import add_generations, check_output, open_run
 from pipelines.label_set import Counts, committed_names, count_rows, remove_leftovers, run_uri
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder or s3:// prefix of the label set")
     parser.add_argument("--incremental", action="store_true", help="list again and label what is new or has changed")
     parser.add_argument("--only", choices=["quarantined"], help="try the quarantined inputs again")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate from a minute's sample")
     parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per processor)")
     parser.add_argument("--unit-size", type=int, default=64, help="most pictures in a work unit (default: 64)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures decoded at a time (default: 8)")
@@ -64,6 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
         bundle_dir, model = find_model(arguments.model, arguments.tracking_uri, Path(scratch))
         job = build_job(arguments, bundle_dir, model, output)
+        if arguments.dry_run:
+            dry_run(arguments, job, source, output, Path(scratch))
+            return 0
         try:
             label(arguments, job, source, output)
         except KeyboardInterrupt:
@@ -77,16 +82,33 @@ def label(arguments: argparse.Namespace, job: LabelJob, source: str, output: str
     with DriverLease(job.run):
         add_generations(job, source, output, arguments)
         open_run(job, source)
-        units = [unit for generation in list_generations(job.run) for unit in load_units(job.run, generation)]
-        done = committed_names(job.run)
-        waiting = [unit for unit in units if unit.name not in done]
-        if done:
-            print(f"{len(done)} of {len(units)} units are done already", flush=True)
+        units, waiting = planned_units(job.run)
+        if len(waiting) < len(units):
+            print(f"{len(units) - len(waiting)} of {len(units)} units are done already", flush=True)
         started = time.monotonic()
         results = label_units(waiting, job, arguments.workers)
         seconds = time.monotonic() - started
         remove_leftovers(job.run)
     print(summary(count_rows(job.run), results, seconds, job.run))
+
+
+def dry_run(arguments: argparse.Namespace, job: LabelJob, source: str, output: str, scratch: Path) -> None:
+    """Print what ``label`` would do; a store that is not listed yet is listed into ``scratch``."""
+    check_output(output, source)
+    if arguments.incremental or arguments.only:
+        raise UsageError("--dry-run plans the labelling of what is listed: leave --incremental and --only out")
+    if not list_generations(job.run):
+        job = dataclasses.replace(job, run=str(scratch / "plan"))
+        add_generations(job, source, output, arguments)
+    units, waiting = planned_units(job.run)
+    print(describe_plan(job, units, waiting, arguments.workers))
+
+
+def planned_units(run_uri: str) -> tuple[list[Unit], list[Unit]]:
+    """Every unit of every generation, and those that are not committed yet."""
+    units = [unit for generation in list_generations(run_uri) for unit in load_units(run_uri, generation)]
+    done = committed_names(run_uri)
+    return units, [unit for unit in units if unit.name not in done]
 
 
 def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, output: str) -> LabelJob:

@@ -66,6 +66,17 @@ def test_labels_of_a_folder_with_bad_pictures(bundle: Path, tmp_path: Path) -> N
     assert "holds labels of" in afa("label", "--model", bundle, "--input", tmp_path, "--output", output, status=2)
 
 
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(bundle: Path, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(6):
+        (pictures / f"{index}.png").write_bytes(picture(index))
+    printed = afa("label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 4, "--dry-run")
+    assert "plan: 6 inputs in 2 units, 2 units to do" in printed
+    assert "for about 6 pictures" in printed
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("damage", ["mask", "tar", "rows", "stray", "marker"])
 def test_verification_finds_what_was_damaged(bundle: Path, tmp_path: Path, damage: str) -> None:
     pictures, output = tmp_path / "pictures", tmp_path / "labels"
