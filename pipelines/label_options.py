@@ -32,9 +32,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", choices=sorted(PROFILES), help="fast: one scale, no affinity; best: five, and CRF")
     group.add_argument("--tags", choices=["given", "predicted", "auto"], help="auto: given ones where there are")
     group.add_argument("--tag-probability", type=float, help="from which a class counts as predicted")
-    group.add_argument(
-        "--head", choices=["cam", "segmentation", "agreement"], help="agreement: 255 where they differ"
-    )
+    group.add_argument("--head", choices=["cam", "segmentation", "agreement"], help="agreement: 255 where they differ")
     group.add_argument("--refine", choices=["none", "par", "affinity", "affinity+par"], help="of the activation maps")
     group.add_argument("--scales", type=_numbers, help="factors on the picture's size, e.g. 1,0.5,1.5")
     group.add_argument("--crf", action=argparse.BooleanOptionalAction, help="dense CRF at the end")
