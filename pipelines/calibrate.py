@@ -27,9 +27,9 @@ from afa_core.errors import InputError
 from afa_core.labelling import label_at_scores, to_full_size, to_working_picture
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
+from pipelines.label_inputs import Input, StageSeconds, read_inputs
 from pipelines.label_options import add_label_options, label_config
 from pipelines.label_sources import Listed, absolute_source, list_source
-from pipelines.label_units import Input, StageSeconds, read_inputs
 from pipelines.model_files import find_model
 
 # Kappa below which a choice would be one of noise.

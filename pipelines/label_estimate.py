@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.inventory import Unit
-from pipelines.label_units import StageSeconds, UnitWriter
+from pipelines.label_inputs import StageSeconds
+from pipelines.label_units import UnitWriter
 from pipelines.labeller import LabelJob, Labeller
 
 SAMPLE_S = 60.0

@@ -1,7 +1,6 @@
-"""One work unit of batch labelling: its inputs read and decoded, its output written and committed.
+"""The output of a work unit: masks and rows held until they are committed.
 
-Reading runs ahead in a few threads and holds a bounded number of compressed pictures; decoding and labelling take them
-in order. Output names derive from the content, so an attempt that was cut off leaves nothing that counts.
+Names of files derive from the content, so an attempt that was cut off leaves nothing that counts.
 """
 
 from __future__ import annotations
@@ -9,190 +8,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
-from afa_core.config import LabelConfig
-from afa_core.data.sample import BadSample, check_key, decode_sample
-from afa_core.data.shards import BadShard, iterate_shard
-from afa_core.labelling import WorkingPicture, to_working_picture
-from infra.errors import ServiceError
-from infra.object_store import ObjectError, fetch_file, read_object, write_object
-from pipelines.inventory import is_shard
+from infra.object_store import write_object
+from pipelines.label_inputs import Input, StageSeconds
 from pipelines.label_set import MANIFEST, MARKER, Counts, label_uri, write_json
-from pipelines.label_sources import Listed
-
-READERS = 8
-# So many unanswered objects in a row are no longer the objects' fault.
-OUTAGE = 16
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of a unit: decoded, or the reason why not.
-
-    Attributes:
-        key: of the label; below the shard's key for a sample of a shard.
-        parent: key of the inventory row it comes from.
-        uri: where it is.
-        etag: of what was read.
-        picture: decoded, at its working size; None if it could not be.
-        tags: given ones; None where there are none.
-        reason: stable code, if so.
-        detail: what exactly.
-    """
-
-    key: str
-    parent: str
-    uri: str
-    etag: str
-    picture: WorkingPicture | None
-    tags: tuple[str, ...] | None = None
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass
-class StageSeconds:
-    """Where a unit's time goes."""
-
-    read: float = 0.0
-    decode: float = 0.0
-    label: float = 0.0
-    write: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Raw:
-    """An input before it is decoded: members of a sample, or why there are none."""
-
-    key: str
-    parent: str
-    uri: str
-    etag: str
-    members: dict[str, Any] | BadSample
-
-
-def read_inputs(
-    rows: list[Listed], classes: tuple[str, ...], config: LabelConfig, seconds: StageSeconds
-) -> Iterator[Input]:
-    """Every input of some inventory rows, decoded one by one; bad ones come with their reason.
-
-    Raises:
-        ServiceError: the store cannot be read at all.
-    """
-    inputs = _raw_inputs(rows, int(config.max_file_mb * 1e6))
-    unanswered = 0
-    while True:
-        started = time.monotonic()
-        raw = next(inputs, None)
-        seconds.read += time.monotonic() - started
-        if raw is None:
-            return
-        reason = raw.members.reason if isinstance(raw.members, BadSample) else ""
-        unanswered = unanswered + 1 if reason == "unavailable" else 0
-        if unanswered == OUTAGE:
-            raise ServiceError(f"the store of {raw.uri} does not answer: run the same command when it is back")
-        started = time.monotonic()
-        decoded = _decoded(raw, classes, config)
-        seconds.decode += time.monotonic() - started
-        yield decoded
-
-
-def _decoded(raw: _Raw, classes: tuple[str, ...], config: LabelConfig) -> Input:
-    try:
-        if isinstance(raw.members, BadSample):
-            raise raw.members
-        sample = decode_sample(raw.members, classes, config.max_megapixels)
-        if config.tags == "given" and sample.tags is None:
-            raise BadSample("no_tags", "and --tags given")
-    except BadSample as bad:
-        return Input(raw.key, raw.parent, raw.uri, raw.etag, None, None, bad.reason, bad.detail)
-    picture = to_working_picture(sample.image, config.max_side_px)
-    return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, sample.tags)
-
-
-def _raw_inputs(rows: list[Listed], max_bytes: int) -> Iterator[_Raw]:
-    """Inputs in order, fetched at most ``READERS`` ahead."""
-    waiting: deque[Future[_Raw]] = deque()
-    remaining = iter(rows)
-    with ThreadPoolExecutor(READERS) as pool:
-        for row in remaining:
-            if is_shard(row):
-                yield from _shard_inputs(row)
-                continue
-            waiting.append(pool.submit(_fetch, row, max_bytes))
-            if len(waiting) == READERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _fetch(row: Listed, max_bytes: int) -> _Raw:
-    """A picture's bytes."""
-    etag = row.etag
-    members: dict[str, Any] | BadSample
-    try:
-        if row.problem:
-            raise BadSample(row.problem, row.uri)
-        if row.size > max_bytes:
-            raise BadSample("too_large", f"{row.size} bytes, allowed {max_bytes}")
-        data, etag = read_object(row.uri)
-        if row.etag and etag != row.etag:
-            raise BadSample("changed_since_listing", f"{row.uri}: label it with --incremental")
-        suffix = PurePosixPath(row.uri).suffix.lower().lstrip(".")
-        members = {"__key__": row.key, suffix: data}
-        if row.tags is not None:
-            members["json"] = json.dumps({"tags": row.tags}).encode()
-    except ObjectError as error:
-        members = BadSample(error.reason, error.detail)
-    except BadSample as bad:
-        members = bad
-    return _Raw(row.key, row.key, row.uri, etag, members)
-
-
-def _shard_inputs(row: Listed) -> Iterator[_Raw]:
-    """The samples of a shard; it is fetched whole, so that no retry can lose a sample in its middle."""
-    if row.problem:
-        yield _Raw(row.key, row.key, row.uri, row.etag, BadSample(row.problem, row.uri))
-        return
-    with tempfile.TemporaryDirectory(prefix="afa-shard-") as scratch:
-        try:
-            path, etag = fetch_file(row.uri, Path(scratch))
-        except ObjectError as error:
-            yield _Raw(row.key, row.key, row.uri, row.etag, BadSample(error.reason, error.detail))
-            return
-        seen: dict[str, int] = {}
-        try:
-            for raw in iterate_shard(path):
-                yield _shard_input(row, etag, raw, seen)
-        except BadShard as error:
-            detail = str(error).replace(str(path), row.uri)
-            yield _Raw(f"{row.key}/rest", row.key, row.uri, etag, BadSample("bad_shard", detail))
-
-
-def _shard_input(row: Listed, etag: str, raw: dict[str, Any], seen: dict[str, int]) -> _Raw:
-    name = str(raw["__key__"])
-    members: dict[str, Any] | BadSample = raw
-    try:
-        key = f"{row.key}/{check_key(name)}"
-    except BadSample as bad:
-        key, members = f"{row.key}/key-{hashlib.sha256(name.encode()).hexdigest()[:8]}", bad
-    seen[key] = seen.get(key, 0) + 1
-    if seen[key] > 1:
-        members = BadSample("duplicate_key", name)
-        key = f"{key}~{seen[key]}"
-    return _Raw(key, row.key, f"{row.uri}#{name}", etag, members)
 
 
 @dataclass

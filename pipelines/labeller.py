@@ -20,8 +20,9 @@ from afa_core.labelling import label_working_pictures
 from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
 from pipelines.inventory import Unit, unit_rows
+from pipelines.label_inputs import Input, StageSeconds, read_inputs
 from pipelines.label_set import Counts
-from pipelines.label_units import Input, StageSeconds, UnitWriter, read_inputs
+from pipelines.label_units import UnitWriter
 
 
 @dataclasses.dataclass(frozen=True)
