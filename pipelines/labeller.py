@@ -19,9 +19,10 @@ from afa_core.data.sample import encode_mask
 from afa_core.labelling import label_working_pictures
 from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
+from infra.object_store import find_object
 from pipelines.inventory import Unit, unit_rows
 from pipelines.label_inputs import Input, StageSeconds, read_inputs
-from pipelines.label_set import Counts
+from pipelines.label_set import MARKER, Counts, label_uri, load_marker
 from pipelines.label_units import UnitWriter
 
 
@@ -69,7 +70,12 @@ class Labeller:
         return {"result": np.array(results)}
 
     def label_unit(self, unit: Unit) -> UnitResult:
-        """Read, label, write and commit one unit."""
+        """Read, label, write and commit one unit; one that is committed already is left as it is.
+
+        Ray gives a block to another worker when the first one dies, with the units that were done before.
+        """
+        if find_object(label_uri(self.job.run, f"{unit.name}{MARKER}")) is not None:
+            return UnitResult(load_marker(self.job.run, unit.name).counts, StageSeconds())
         writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
         for _ in self.label_batches(unit, writer, seconds):
             pass

@@ -36,6 +36,9 @@ from pipelines.labeller import LabelJob, Labeller, UnitResult, result_from_json
 from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
 
+# Every block costs the driver 10 ms and 10 KiB. With more units than this, a block is several of them in a row.
+MAX_BLOCKS = 4096
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa label``."""
@@ -160,7 +163,7 @@ def run_units(units: list[Unit], job: LabelJob, workers: int | None) -> Iterator
     processors = int(ray.cluster_resources().get("CPU", 1))
     workers = workers or gpus or processors
     rows = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in units]
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    results = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
         Labeller,
         fn_constructor_args=(job,),
         batch_size=1,

@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         for problem in report.problems:
             print(f"  PROBLEM {problem}")
         print("  clean" if not report.problems else f"  {len(report.problems)} problems")
+    if broken:
+        print("to have a unit labelled again, delete its UNIT.done.json and run the afa label command")
     return 1 if broken else 0
 
 

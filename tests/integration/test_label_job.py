@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -22,7 +23,16 @@ from servers.fault_proxy import fault_proxy
 
 from afa_core.data.shapes import draw
 from infra.object_store import write_object
+from pipelines import pseudo_label
+from pipelines.cli import main
 from pipelines.label_set import find_run
+
+
+def label_arguments(words: list[object]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    pseudo_label.add_arguments(parser)
+    return parser.parse_args(list(map(str, words[1:])))
+
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -75,6 +85,24 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(bundle: Path, tmp_pa
     assert "plan: 6 inputs in 2 units, 2 units to do" in printed
     assert "for about 6 pictures" in printed
     assert not output.exists()
+
+
+def test_more_units_than_blocks(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(10):
+        (pictures / f"{index}.png").write_bytes(picture(index))
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2, "--workers", 1]
+    monkeypatch.setattr(pseudo_label, "MAX_BLOCKS", 2)
+    assert main(list(map(str, words))) == 0
+    assert verified(output)
+    marker = Path(done_units(output)[1])
+    job = pseudo_label.build_job(label_arguments(words), bundle, "model", str(output))
+    units, _ = pseudo_label.planned_units(find_run(str(output)))
+    before = marker.stat().st_mtime_ns
+    again = list(pseudo_label.run_units(units[:2], job, 1))  # a block that is tried again holds units that are done
+    assert [result.counts.images for result in again] == [2, 2]
+    assert marker.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("damage", ["mask", "tar", "rows", "stray", "marker"])
