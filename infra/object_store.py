@@ -258,6 +258,8 @@ def _list_local(folder: Path) -> Iterator[StoredObject]:
                     yield from _list_local(Path(entry.path))
                 elif entry.is_file():
                     yield _stored_file(entry.path, entry.stat())
+                elif entry.is_symlink() and not entry.is_dir():  # leads nowhere: whoever reads it will say so
+                    yield StoredObject(entry.path, 0, "", entry.stat(follow_symlinks=False).st_mtime)
     except FileNotFoundError as error:
         raise ServiceError(f"cannot list {folder}: no such folder") from error
     except OSError as error:
