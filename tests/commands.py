@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,13 @@ def afa(*words: object, status: int = 0) -> str:
 def afa_running(*words: object, until: Callable[[], bool], timeout_s: float = 150) -> Iterator[subprocess.Popen[str]]:
     """A command that has come so far that ``until`` holds."""
     process = subprocess.Popen(
-        afa_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        afa_command(*words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Shells start background jobs with Ctrl-C ignored, and so it would be here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         deadline = time.monotonic() + timeout_s
