@@ -6,9 +6,7 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -16,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import webdataset as wds
-from commands import afa
+from commands import afa, afa_running
 from mlflow import MlflowClient
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -120,14 +118,15 @@ def test_scores_are_scikit_learns(run_id: str, shards: Path) -> None:
     assert score_bundle(checkpoint, shards)["refined_affinity_miou"] == pytest.approx(expected, abs=1e-3)
 
 
+def checkpoints(run: Path, least: int) -> bool:
+    return len(list(run.glob("checkpoint_*"))) >= least
+
+
 def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_path: Path) -> None:
     words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path]
     longer = overrides("optim.total_steps=16", "train.workers=1", "train.eval_every=2")
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, words), "--run-name", "killed", *longer]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and len(list((tmp_path / "killed").glob("checkpoint_*"))) < 2:
-            time.sleep(0.2)
+    two = partial(checkpoints, tmp_path / "killed", 2)
+    with afa_running(*words, "--run-name", "killed", *longer, until=two) as process:
         os.killpg(process.pid, signal.SIGKILL)
     first = json.loads((tmp_path / "killed" / "afa_run.json").read_text())["run_id"]
     assert "was started with another configuration" in afa(*words, "--resume", "killed", *overrides(), status=2)
@@ -142,11 +141,8 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_pat
 
 def test_ctrl_c_ends_training_with_a_word_on_how_to_go_on(shards: Path, tmp_path: Path) -> None:
     words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path, "--run-name", "stopped"]
-    command = [sys.executable, "-m", "pipelines.cli", *map(str, words), *overrides("optim.total_steps=1000")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and not list((tmp_path / "stopped").glob("checkpoint_*")):
-            time.sleep(0.1)
+    one = partial(checkpoints, tmp_path / "stopped", 1)
+    with afa_running(*words, *overrides("optim.total_steps=1000"), until=one) as process:
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
