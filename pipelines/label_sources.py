@@ -66,10 +66,24 @@ def list_source(source: str, leave_out: str | None = None) -> Iterator[Listed | 
     elif source.startswith(S3) or Path(source).is_dir():
         yield from _list_prefix(source, leave_out)
     else:
-        raise InputError(
-            f"no such input: {source}; give a folder or s3:// prefix of pictures or shards, a .tar shard, or a table"
-            f" ({', '.join(TABLE_SUFFIXES)}) of URIs"
-        )
+        raise _no_such_input(source)
+
+
+def check_source(source: str) -> None:
+    """See at once that a local source is there; what is on a store shows when it is listed.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not source.startswith(S3) and not Path(source).exists():
+        raise _no_such_input(source)
+
+
+def _no_such_input(source: str) -> InputError:
+    return InputError(
+        f"no such input: {source}; give a folder or s3:// prefix of pictures or shards, a .tar shard, or a table"
+        f" ({', '.join(TABLE_SUFFIXES)}) of URIs"
+    )
 
 
 def _list_prefix(prefix: str, leave_out: str | None) -> Iterator[Listed | None]:

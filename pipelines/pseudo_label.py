@@ -31,7 +31,7 @@ from pipelines.label_estimate import describe_plan
 from pipelines.label_options import add_label_options, config_digest, label_config
 from pipelines.label_plan import add_generations, check_output, open_run
 from pipelines.label_set import Counts, committed_names, count_rows, remove_leftovers, run_uri
-from pipelines.label_sources import absolute_source
+from pipelines.label_sources import absolute_source, check_source
 from pipelines.labeller import LabelJob, Labeller, UnitResult, result_from_json
 from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.incremental and arguments.only:
         raise UsageError("--incremental and --only quarantined are two commands: give one of them")
     source, output = absolute_source(arguments.input), absolute_source(arguments.output)
+    check_source(source)
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
         bundle_dir, model = find_model(arguments.model, arguments.tracking_uri, Path(scratch))
         job = build_job(arguments, bundle_dir, model, output)
