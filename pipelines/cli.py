@@ -25,6 +25,8 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "label": ("pipelines.pseudo_label", "", "write masks for a store of pictures or shards"),
     "calibrate": ("pipelines.calibrate", "", "choose the background score, without masks or with a few"),
     "verify-labels": ("pipelines.verify_labels", "", "prove that a label set lost nothing and has nothing twice"),
+    "report": ("pipelines.report", "", "one page about a label set: totals, charts, a gallery, decisions"),
+    "review": ("pipelines.review", "", "bring accept / reject / fix decisions back into a shard set"),
     "demo": ("pipelines.demo", "", "the whole job on built-in data, in a few minutes"),
 }
 
