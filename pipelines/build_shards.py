@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,12 +25,12 @@ from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.local_ray import start_ray
 from pipelines.progress import Progress
+from pipelines.shard_folder import prepare_output
 from pipelines.shard_packing import Problem, ShardPlan, ShardResult, write_shard
 from pipelines.shard_sources import PictureRef, folder_pictures, shapes_pictures, voc_pictures
 
 RARE_SHARE = 0.01
 LISTED_PROBLEMS = 20
-OWN_FILE = re.compile(r"(dataset\.json|[a-z]+-\d{6}\.tar|.*\.partial)")  # also what a killed job left
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,24 +123,6 @@ def plan_pictures(arguments: argparse.Namespace) -> tuple[list[PictureRef], tupl
 def parse_classes(text: str) -> tuple[str, ...]:
     """Class list by name, file, or names with commas."""
     return check_classes(name.strip() for name in text.split(",")) if "," in text else load_classes(text)
-
-
-def prepare_output(output: Path, *, overwrite: bool) -> None:
-    """An empty folder.
-
-    Raises:
-        UsageError: there is something in it that may not be removed.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    names = [path.name for path in output.iterdir()]
-    foreign = [name for name in names if not OWN_FILE.fullmatch(name)]
-    if foreign:
-        raise UsageError(f"{output} holds something else ({sorted(foreign)[0]}): use another OUT")
-    if names and not overwrite:
-        state = "a shard set already" if INDEX in names else "an unfinished shard set"
-        raise UsageError(f"{output} holds {state}: use --overwrite or another OUT")
-    for name in sorted(names):  # the index first: without it the rest is no shard set
-        (output / name).unlink()
 
 
 def without_duplicates(pictures: Sequence[PictureRef]) -> tuple[list[PictureRef], list[Problem]]:

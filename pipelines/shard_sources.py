@@ -106,6 +106,12 @@ def mask_tags(data: bytes, mask_classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(mask_classes[value - 1] for value in values if 1 <= value <= len(mask_classes))
 
 
+def split_of(key: str, val_share: float) -> str:
+    """``train`` or ``val``, drawn by the hash of the key: the same picture falls into the same split every time."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
+    return "val" if share < val_share else "train"
+
+
 def folder_pictures(
     folder: Path,
     labels: Path | None,
@@ -130,11 +136,10 @@ def folder_pictures(
         relative = PurePosixPath(name)
         key = path_to_key(relative)
         mask = masks / relative.with_suffix(".png") if masks else None
-        share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
         pictures.append(
             PictureRef(
                 key=key,
-                split="val" if share < val_share else "train",
+                split=split_of(key, val_share),
                 path=str(folder / relative),
                 tags=tags,
                 mask=str(mask) if mask and mask.is_file() else None,

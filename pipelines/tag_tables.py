@@ -40,7 +40,7 @@ def table_rows(path: Path, name_columns: Sequence[str], tags_column: str) -> Ite
         InputError: there is no such table, it cannot be read, or no column names the picture.
     """
     try:
-        records = _records(path)
+        records = table_records(path)
         first = next(records, None)
         if first is None:
             return
@@ -53,6 +53,20 @@ def table_rows(path: Path, name_columns: Sequence[str], tags_column: str) -> Ite
     except InputError:
         raise
     except (pa.ArrowException, KeyError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def table_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a table by column; those of a CSV as text.
+
+    Raises:
+        InputError: there is no such table, or it cannot be read.
+    """
+    try:
+        yield from _records(path)
+    except InputError:
+        raise
+    except (pa.ArrowException, ValueError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 

@@ -59,18 +59,29 @@ class SplitIndex:
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """Content of ``dataset.json``."""
+    """Content of ``dataset.json``.
+
+    Attributes:
+        classes: the class list.
+        splits: by name.
+        schema_version: of the file.
+        lineage: what the set was made from, where that is another artifact; no part of the set's identity.
+    """
 
     classes: tuple[str, ...]
     splits: Mapping[str, SplitIndex]
     schema_version: int = SCHEMA_VERSION
+    lineage: Mapping[str, Any] | None = None
 
 
 def save_dataset_index(folder: str | Path, index: DatasetIndex) -> None:
     """Write ``dataset.json``; it appears whole or not at all."""
     path = Path(folder) / INDEX
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(index), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    values = asdict(index)
+    if index.lineage is None:
+        del values["lineage"]
+    partial.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     partial.replace(path)
 
 
@@ -96,6 +107,7 @@ def load_dataset_index(folder: str | Path) -> DatasetIndex:
             for name, split in values["splits"].items()
         }
         classes = check_classes(values["classes"])
+        lineage = dict(values["lineage"]) if "lineage" in values else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -104,7 +116,7 @@ def load_dataset_index(folder: str | Path) -> DatasetIndex:
         for shard in split.shards:
             if Path(shard.name).name != shard.name:
                 raise InputError(f"{path} names a shard outside its folder: {shard.name!r}")
-    return DatasetIndex(classes, splits)
+    return DatasetIndex(classes, splits, lineage=lineage)
 
 
 def shard_paths(folder: str | Path, index: DatasetIndex, split: str) -> list[Path]:
