@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,7 @@ RUN_PREFIX = "run-"
 LABELS = "labels"
 MARKER = ".done.json"
 UNKNOWN_TAGS = 50
+MARKERS_AHEAD = 4 * CONNECTIONS
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -191,8 +193,10 @@ def load_marker(run: str, unit: str) -> Marker:
 
 def load_markers(run: str, units: Iterable[str]) -> Iterator[Marker]:
     """The markers of committed units, in order, read several at a time."""
+    remaining = iter(units)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        yield from pool.map(lambda unit: load_marker(run, unit), units)
+        while some := list(itertools.islice(remaining, MARKERS_AHEAD)):
+            yield from pool.map(lambda unit: load_marker(run, unit), some)
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,17 @@
 
   const facts = (item) => {
     const rows = [["uncertainty", item.uncertainty], ["confidence", item.confidence], ["disagreement", item.disagreement]];
-    if (item.distance !== null) rows.push(["changed since the earlier run", item.distance]);
+    if (item.distance !== null) rows.push(["changed since earlier", item.distance]);
     const list = make("dl", { class: "facts" });
     for (const [name, value] of rows) list.append(make("dt", {}, name), make("dd", {}, value.toFixed(2)));
-    list.append(make("dt", {}, data.doubts[item.doubt]), make("dd", {}, item.why === "random" ? "random pick" : "queue's head"));
     return list;
+  };
+
+  // What speaks most against the label and, in a sample, how it came to be in it.
+  const reason = (item) => {
+    const whys = { uncertain: "among the most uncertain", random: "drawn at random" };
+    const words = data.cards.length < data.labels ? `${data.doubts[item.doubt]}; ${whys[item.why]}` : data.doubts[item.doubt];
+    return make("p", { class: "reason" }, words);
   };
 
   const stage = (item) => {
@@ -74,9 +80,9 @@
     });
     const note = make("input", { type: "text", maxlength: "500" });
     const label = make("label", { class: "note", hidden: "" }, "note", note);
-    const decide_ = make("div", { class: "decide", role: "group", "aria-labelledby": `card-${index}` }, ...buttons);
+    const group = make("div", { class: "decide", role: "group", "aria-labelledby": `card-${index}` }, ...buttons);
     const element = make("li", { class: "card", "aria-labelledby": `card-${index}`, "aria-describedby": "keys" },
-      stage(item), make("div", { class: "body" }, title, chips(item), facts(item), decide_, label));
+      stage(item), make("div", { class: "body" }, title, chips(item), facts(item), reason(item), group, label));
     const card = { item, element, buttons, note, label };
     note.addEventListener("input", () => {
       decisions.get(item.key).note = note.value;
