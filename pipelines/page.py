@@ -42,11 +42,12 @@ def render_page(title: str, intro: str, tables: Mapping[str, Mapping[str, str]],
 
 def _card(card: Card) -> str:
     images = "".join(
-        f'<img alt="{escape(name)}" title="{escape(name)}" src="data:image/png;base64,{_base64(png)}">'
+        f'<img alt="{escape(name)}" title="{escape(name)}" src="{data_uri("png", png)}">'
         for name, png in card.pictures.items()
     )
     return f"<figure><div>{images}</div><figcaption>{escape(card.caption)}</figcaption></figure>"
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def data_uri(kind: str, data: bytes) -> str:
+    """An encoded picture (``png``, ``jpeg``) as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

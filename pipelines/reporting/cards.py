@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from infra.object_store import ObjectError
 from pipelines.errors import UsageError
 from pipelines.label_pictures import LabelledPicture, labelled_pictures
 from pipelines.label_set import CommittedUnit
+from pipelines.page import data_uri
 from pipelines.reporting.choice import Chosen, by_unit
 from pipelines.reporting.numbers import cut, main_doubt
 
@@ -62,7 +62,7 @@ def thumbnails(item: LabelledPicture, max_megapixels: float) -> Thumbnails:
     factor = min(1.0, SIDE_PX / max(label.size))
     size = (max(1, round(label.width * factor)), max(1, round(label.height * factor)))
     small = label.resize(size, Image.Resampling.NEAREST)
-    mask = _data_uri(small, "PNG", transparency=BACKGROUND, optimize=True)
+    mask = _encoded(small, "PNG", transparency=BACKGROUND, optimize=True)
     if item.picture is None:
         return Thumbnails("", mask, item.problem)
     try:
@@ -70,7 +70,7 @@ def thumbnails(item: LabelledPicture, max_megapixels: float) -> Thumbnails:
     except BadSample as bad:
         return Thumbnails("", mask, bad.reason)
     resized = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return Thumbnails(_data_uri(resized, "JPEG", quality=JPEG_QUALITY), mask)
+    return Thumbnails(_encoded(resized, "JPEG", quality=JPEG_QUALITY), mask)
 
 
 def card(item: Chosen, images: Thumbnails) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def card(item: Chosen, images: Thumbnails) -> dict[str, Any]:
     }
 
 
-def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return data_uri(kind.lower(), buffer.getvalue())

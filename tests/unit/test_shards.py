@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -79,6 +80,20 @@ def test_a_shard_that_does_not_fit_is_named(tmp_path: Path, damage: str) -> None
         path.write_bytes(bytes(data) if damage == "flipped" else path.read_bytes() + b"x")
     with pytest.raises(InputError, match=r"train-000002\.tar"):
         verify_shards(tmp_path, index, ["train"])
+
+
+def test_lineage_is_kept_and_is_no_part_of_the_identity(tmp_path: Path) -> None:
+    index = write_set(tmp_path)
+    plain = (tmp_path / "dataset.json").read_text()
+    assert "lineage" not in plain
+    assert load_dataset_index(tmp_path).lineage is None
+    traced = dataclasses.replace(index, lineage={"run": "run-1", "outcome": {"accepted": 3}})
+    save_dataset_index(tmp_path, traced)
+    assert load_dataset_index(tmp_path) == traced
+    assert dataset_digest(traced) == dataset_digest(index)
+    (tmp_path / "dataset.json").write_text(plain[:-3] + ', "lineage": 3}\n')
+    with pytest.raises(InputError, match="damaged"):
+        load_dataset_index(tmp_path)
 
 
 @pytest.mark.parametrize(
