@@ -75,9 +75,10 @@ def times(throughput: Throughput, curve: Curve | None) -> str:
     still = sum(pause.seconds for pause in curve.pauses)
     words = f"From {moment(curve.began)} to {moment(curve.ended)}."
     if curve.pauses:
+        times_said = "once" if len(curve.pauses) == 1 else f"{len(curve.pauses):,} times"
         words += (
-            f" The run stood still {len(curve.pauses):,} times (dashed), {duration(still)} altogether; these pauses of"
-            f" more than {PAUSE_S:.0f} s are cut out and count in no rate."
+            f" The run stood still {times_said} (dashed), {duration(still)} altogether: pauses of more than"
+            f" {PAUSE_S:.0f} s are cut out and count in no rate."
         )
     seconds = throughput.stage_seconds
     rows = [

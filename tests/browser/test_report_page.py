@@ -245,6 +245,10 @@ def test_a_narrow_screen_does_not_scroll_sideways(page_file: Path, open_page: An
         !element.closest(".scroll, pre, svg, .unseen, datalist") && element.getBoundingClientRect().right > width + 0.5
         ).map(element => element.outerHTML.slice(0, 80))"""
     assert page.evaluate(outside, width) == []
+    clipped = """[...document.querySelectorAll("h1, h3, .card, .card *, .tiles *")].filter(element =>
+        element.tagName !== "INPUT" && element.scrollWidth > element.clientWidth + 1 && element.clientWidth > 0
+        ).map(element => element.outerHTML.slice(0, 80))"""
+    assert page.evaluate(clipped) == []
 
 
 CONTRASTS = """() => {
