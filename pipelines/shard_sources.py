@@ -106,12 +106,6 @@ def mask_tags(data: bytes, mask_classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(mask_classes[value - 1] for value in values if 1 <= value <= len(mask_classes))
 
 
-def split_of(key: str, val_share: float) -> str:
-    """``train`` or ``val``, drawn by the hash of the key: the same picture falls into the same split every time."""
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
-    return "val" if share < val_share else "train"
-
-
 def folder_pictures(
     folder: Path,
     labels: Path | None,
@@ -146,6 +140,12 @@ def folder_pictures(
             )
         )
     return pictures
+
+
+def split_of(key: str, val_share: float) -> str:
+    """Split of a picture by the hash of its key: it stays the same when others come or go."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) / 2**32
+    return "val" if share < val_share else "train"
 
 
 def _sub_folder_rows(folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
