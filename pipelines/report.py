@@ -21,7 +21,7 @@ from infra.object_store import find_object, join, write_object
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.inventory import list_generations
-from pipelines.label_set import committed_names, committed_units, find_run, list_runs, load_run
+from pipelines.label_set import committed_units, find_run, list_runs, load_run
 from pipelines.label_sources import absolute_source
 from pipelines.reporting import sections
 from pipelines.reporting.cards import load_cards
@@ -94,6 +94,7 @@ class Survey:
         self.numbers = Numbers(self.record["classes"])
         self.throughput = Throughput()
         self.choice = Choice(gallery)
+        self.committed = 0
         self.earlier: Earlier | None = None
         with tempfile.TemporaryDirectory(prefix="afa-report-") as scratch, ExitStack() as stack:
             labels = None
@@ -101,6 +102,7 @@ class Survey:
                 labels = EarlierLabels(stack.enter_context(ScratchTable(Path(scratch), "earlier")))
                 self.earlier = self._read_earlier(earlier_uri, labels)
             for unit in tqdm(committed_units(run_uri), desc="rows", unit=" units", mininterval=interval_s()):
+                self.committed += 1
                 self.throughput.add(unit.marker)
                 self.choice.add(unit, labels.compare(unit.rows) if labels else {})
                 for row in unit.rows:
@@ -127,7 +129,7 @@ class Survey:
         parts = {
             "heading": escape(name_of(self.run)),
             "about": sections.about(self.record, self.earlier),
-            "totals": sections.totals(self.numbers, curve, len(committed_names(self.run)), planned),
+            "totals": sections.totals(self.numbers, curve, self.committed, planned),
             "time": sections.times(self.throughput, curve),
             "classes": sections.classes(self.numbers, self.record["classes"], self.earlier),
             "doubt": sections.doubt(self.numbers, self.earlier),
