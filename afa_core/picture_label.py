@@ -32,7 +32,8 @@ class PictureLabel:
         unknown_tags: given tags that the model has no class for.
         area: share of the pixels, per tag.
         class_confidence: mean over the class's pixels of its share of the maps, per tag with pixels.
-        confidence: the same over all decided pixels, background included.
+        confidence: the same over all decided pixels, background included; 0 where the classifier found no class, as
+            nothing then speaks for the background but that nobody looked for anything else.
         ignored_share: share of the pixels that are 255.
         disagreement: share of the pixels decided by the activation maps where the segmentation head, asked for the
             same tags, says another class.
@@ -117,6 +118,7 @@ def describe(
         if (one | other).any():
             disagreement[name] = 1 - _share(one & other, one | other)
     changes = opinions.affinity_changes
+    searched = tags or given is not None
     return PictureLabel(
         label=full_label,
         tags=tags,
@@ -124,7 +126,7 @@ def describe(
         unknown_tags=tuple(tag for tag in given or () if tag not in classes),
         area=area,
         class_confidence=confidence,
-        confidence=float(own_share[decided].mean()) if decided.any() else 0.0,
+        confidence=float(own_share[decided].mean()) if decided.any() and searched else 0.0,
         ignored_share=float((~decided).float().mean()),
         disagreement=_share((cam != segmentation) & comparable, comparable),
         class_disagreement=disagreement,

@@ -72,6 +72,17 @@ def test_doubts_of_a_known_case() -> None:
     assert label.uncertainty == pytest.approx((1 / 3 + 1 - 1.25 / 3 + 0.25 + 1 + 0.25) / 5)
 
 
+def test_a_picture_in_which_nothing_was_found_is_looked_at_before_one_that_is_sure() -> None:
+    empty = torch.zeros(4, 4, dtype=torch.int64)
+    opinions = Opinions(empty, torch.ones(3, 4, 4), empty, empty, None, ())
+    pixels = empty.numpy().astype(np.uint8)
+    nothing_found = describe(opinions, pixels, ("disc", "ring"), (), None)
+    known_to_be_empty = describe(opinions, pixels, ("disc", "ring"), (), [])
+    assert (nothing_found.confidence, known_to_be_empty.confidence) == (0, 1)
+    assert nothing_found.uncertainty == 0.25
+    assert known_to_be_empty.uncertainty == 0
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 90), st.integers(1, 90))
 def test_labels_brought_to_full_size_are_nearest_neighbours(height: int, width: int, full_h: int, full_w: int) -> None:
     label = np.arange(height * width, dtype=np.uint8).reshape(height, width)
