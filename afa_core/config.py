@@ -120,12 +120,16 @@ class DataConfig:
     rescale: tuple[Positive, Positive] = (0.5, 2.0)
     flip_probability: Share = 0.5
     photometric_distortion: bool = False
-    # Samples held to draw from at random, per loading process.
-    shuffle_buffer: Count = 512
+    # Whether every sample comes exactly once an epoch, or shards are drawn with replacement.
+    sampling: Literal["exact", "resampled"] = "exact"
+    # Samples that are shuffled among each other; every place in the batch reads from another part of the data.
+    shuffle_block: Count = 512
     loader_workers: CountOrZero = 2
     # Pictures with more pixels are refused: a small file can unpack to gigabytes.
     max_megapixels: Positive = 100.0
-    # Share of samples that may fail to decode before training stops.
+    # Shards of an object store that a machine keeps for its workers; the ones not used for longest go first.
+    cache_gib: Positive = 50.0
+    # Share of samples that may be unusable before training stops.
     max_bad_share: Annotated[float, Ge(0), Le(1)] = 0.01
 
     def __post_init__(self) -> None:

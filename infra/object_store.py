@@ -187,10 +187,27 @@ def write_object(uri: str, data: bytes) -> None:
     """
     try:
         if not uri.startswith(S3):
-            _write_local(Path(uri), data)
+            _write_local(Path(uri), io.BytesIO(data))
             return
         bucket, key = _split(uri)
         _client().put_object(Bucket=bucket, Key=key, Body=data)
+    except _write_errors() as error:
+        raise ServiceError(f"cannot write {uri}: {_code(error)}") from error
+
+
+def write_file(uri: str, path: Path) -> None:
+    """Put a file of any size in place of what was there.
+
+    Raises:
+        ServiceError: the store does not take it.
+    """
+    try:
+        if uri.startswith(S3):
+            bucket, key = _split(uri)
+            _client().upload_file(str(path), bucket, key)
+            return
+        with path.open("rb") as source:
+            _write_local(Path(uri), source)
     except _write_errors() as error:
         raise ServiceError(f"cannot write {uri}: {_code(error)}") from error
 
@@ -217,9 +234,15 @@ def remove_folder(prefix: str) -> None:
     Raises:
         ServiceError: the store refuses.
     """
-    if prefix.startswith(S3) or Path(prefix).is_dir():
+    if prefix.startswith(S3):
         for found in list(list_objects(prefix)):
             delete_object(found.uri)
+        return
+    try:
+        if Path(prefix).is_dir():
+            shutil.rmtree(prefix)
+    except OSError as error:
+        raise ServiceError(f"cannot delete {prefix}: {_code(error)}") from error
 
 
 def _copy_local(uri: str, stream: BinaryIO) -> str:
@@ -235,12 +258,12 @@ def _copy_local(uri: str, stream: BinaryIO) -> str:
         raise ObjectError("unreadable", f"{uri}: {error.strerror}") from error
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, source: BinaryIO) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=PARTIAL, delete=False) as stream:
         partial_path = Path(stream.name)
         try:
-            stream.write(data)
+            shutil.copyfileobj(source, stream)
             stream.flush()
             os.fsync(stream.fileno())
         except BaseException:
@@ -356,6 +379,10 @@ def _client() -> Any:
     return boto3.session.Session().client("s3", config=config)
 
 
+# Sockets are not for two processes: one that forks makes a client of its own.
+os.register_at_fork(after_in_child=_client.cache_clear)
+
+
 def _s3_errors() -> tuple[type[Exception], ...]:
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -363,7 +390,9 @@ def _s3_errors() -> tuple[type[Exception], ...]:
 
 
 def _write_errors() -> tuple[type[Exception], ...]:
-    return OSError, *_s3_errors()
+    from boto3.exceptions import S3UploadFailedError
+
+    return OSError, S3UploadFailedError, *_s3_errors()
 
 
 def _cut_short() -> tuple[type[Exception], ...]:

@@ -86,6 +86,15 @@ class RunLogger:
         for start in range(0, len(points), METRICS_BATCH):
             self._try("log_batch", self.run_id, metrics=points[start : start + METRICS_BATCH])
 
+    def last_step(self, metric: str) -> int:
+        """The last step at which a metric was recorded; -1 if there is none."""
+        try:
+            return max(
+                (point.step for point in MlflowClient(self.uri).get_metric_history(self.run_id, metric)), default=-1
+            )
+        except TrackingFailure:
+            return -1
+
     def log_picture(self, png: bytes, artifact_path: str) -> None:
         """Store a PNG file under ``artifact_path`` of the run."""
         with tempfile.TemporaryDirectory() as folder:

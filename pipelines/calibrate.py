@@ -22,7 +22,7 @@ from tqdm import tqdm
 from afa_core.calibration import SCORES, Agreement, MaskedScores, kappa, observe
 from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
-from afa_core.data.shards import iterate_samples, load_dataset_index, shard_paths
+from afa_core.data.shards import iterate_samples
 from afa_core.errors import InputError
 from afa_core.labelling import label_at_scores, to_full_size, to_working_picture
 from pipelines.cli import stage_main
@@ -31,6 +31,7 @@ from pipelines.label_inputs import Input, StageSeconds, read_inputs
 from pipelines.label_options import add_label_options, label_config
 from pipelines.label_sources import Listed, absolute_source, list_source
 from pipelines.model_files import find_model
+from pipelines.shard_store import load_shard_set, split_files
 
 # Kappa below which a choice would be one of noise.
 LEAST_AGREEMENT = 0.1
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa calibrate``."""
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION or a bundle folder")
     parser.add_argument("--input", help="pictures without masks: what afa label takes as input")
-    parser.add_argument("--masked", type=Path, help="shard set whose samples have masks")
+    parser.add_argument("--masked", help="shard set (folder or s3:// prefix) whose samples have masks")
     parser.add_argument("--split", default="val", help="of the shard set (default: val)")
     parser.add_argument("--pictures", type=int, default=64, help="most pictures that are looked at (default: 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -112,17 +113,17 @@ def _draw(item: Listed) -> bytes:
 
 
 def by_masks(
-    bundle: Bundle, config: LabelConfig, dataset: Path, split: str, pictures: int, table: dict[float, dict[str, float]]
+    bundle: Bundle, config: LabelConfig, dataset: str, split: str, pictures: int, table: dict[float, dict[str, float]]
 ) -> dict[str, Any]:
     """Fill the mIoU column; the best score and its interval.
 
     Raises:
         InputError: the shard set is of other classes, or has no masks.
     """
-    index = load_dataset_index(dataset)
+    index = load_shard_set(dataset)
     if index.classes != bundle.classes:
         raise InputError(f"{dataset} has the classes {', '.join(index.classes)}, the model {', '.join(bundle.classes)}")
-    samples = iterate_samples(shard_paths(dataset, index, split), index.classes, with_seg=True)
+    samples = iterate_samples(split_files(dataset, index, split).paths(), index.classes, with_seg=True)
     masked = (sample for sample in samples if sample.seg_label is not None)
     scores, count = MaskedScores(len(bundle.classes) + 1), 0
     for sample in tqdm(islice(masked, pictures), desc="masked"):

@@ -39,12 +39,20 @@ class TrainConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
+    # Workers, and the fewest with which the job starts or goes on when machines are lost; None: as many as workers.
+    # The global batch and with them the learning rate stay: fewer workers accumulate gradients.
     workers: Count = 1
+    min_workers: Count | None = None
     batch_size: Count = 2  # pictures a step and worker
+    # auto: GPUs if the cluster has enough of them now; gpu: wait for an autoscaler to bring them.
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    # Times that lost workers are started anew before the run fails.
+    max_failures: CountOrZero = 3
     seed: CountOrZero = 0
     log_every: Count = 50
-    # A checkpoint is written with every evaluation.
+    # A checkpoint is written with every evaluation as well.
     eval_every: Count = 2_000
+    checkpoint_every: Count = 500
     # Validation pictures an evaluation looks at; None: all.
     eval_samples: Count | None = None
     # Pictures of the grid that is logged with an evaluation.
@@ -53,7 +61,18 @@ class TrainConfig:
     best_metric: Literal["cam_miou", "refined_cam_miou", "refined_affinity_miou", "segmentation_miou"] = (
         "refined_affinity_miou"
     )
-    keep_checkpoints: Count = 2
+    # Newest checkpoints that are kept, and best ones besides.
+    keep_last: Count = 2
+    keep_best: Count = 2
+
+    def __post_init__(self) -> None:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError("min_workers must not be above workers")
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures a step, of all workers."""
+        return self.workers * self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One driver at a time on a label run, on any store, without conditional writes.
+"""One driver at a time on a run, of labelling or of training, on any store, without conditional writes.
 
     drivers/ID.json     the claim, written once: who, where
     drivers/ID.alive    written again and again while the driver lives
@@ -96,7 +96,7 @@ class DriverLease:
                 self._remove(name)
             elif (item.modified, name) < (own.modified, self.name):
                 raise UsageError(
-                    f"another driver is labelling {self.run_uri} (process {claim.get('pid')} on {claim.get('host')}):"
+                    f"another driver is at work on {self.run_uri} (process {claim.get('pid')} on {claim.get('host')}):"
                     f" let it finish; if it is gone, try again in {DEAD_AFTER_S - silent_s + HEARTBEAT_S:.0f} s"
                 )
 

@@ -15,8 +15,8 @@ from pipelines.scoring import score_bundle
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa evaluate``."""
-    parser.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION or a bundle folder")
-    parser.add_argument("dataset", type=Path, help="shard set whose samples have masks")
+    parser.add_argument("model", help="models:/NAME@ALIAS, models:/NAME/VERSION or a bundle's folder or s3:// prefix")
+    parser.add_argument("dataset", help="shard set (folder or s3:// prefix) whose samples have masks")
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     parser.add_argument("--tracking-uri", help="MLflow server (default: MLFLOW_TRACKING_URI, then runs/mlflow.db)")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import deque
 from collections.abc import Mapping
+
+import torch
+
+# From this share of waiting on, more compute would not help.
+DATA_BOUND = 0.2
 
 
 class Progress:
@@ -18,13 +24,21 @@ class Progress:
         self.what, self.total, self.done = what, total, done
         self._recent: deque[tuple[int, float]] = deque(maxlen=window)  # images, seconds
         self._last = time.monotonic()
+        self._waited_s = self._waited_total_s = self._total_s = 0.0
 
     def count(self, images: int) -> None:
         """One more step, with so many pictures."""
         now = time.monotonic()
         self._recent.append((images, now - self._last))
+        self._total_s += now - self._last
+        self._waited_total_s += self._waited_s
+        self._waited_s = 0.0
         self._last = now
         self.done += 1
+
+    def waited(self, seconds: float) -> None:
+        """So much of the present step was spent waiting for its pictures."""
+        self._waited_s += seconds
 
     def pause(self) -> None:
         """Forget the time since the last ``count``."""
@@ -35,6 +49,19 @@ class Progress:
         seconds = sum(seconds for _, seconds in self._recent)
         return sum(images for images, _ in self._recent) / seconds if seconds else 0.0
 
+    def rates(self) -> dict[str, float]:
+        """Numbers of the present step for a log: how fast lately, and how long it and the wait for its data took."""
+        step_s = time.monotonic() - self._last
+        return {"images_per_s": self.images_per_s(), "time.step_s": step_s, "time.data_s": self._waited_s}
+
+    def bottleneck(self) -> str:
+        """Words on what limited the speed, over all steps."""
+        if not self._total_s:
+            return "no step was left to do"
+        share = self._waited_total_s / self._total_s
+        what = "data" if share > DATA_BOUND else "compute"
+        return f"{what} was the bottleneck: {share:.0%} of the steps' time was spent waiting for data"
+
     def line(self, detail: str = "", values: Mapping[str, float] | None = None) -> str:
         """What is done, how fast, and how long the rest will take."""
         seconds = sum(seconds for _, seconds in self._recent)
@@ -43,3 +70,10 @@ class Progress:
         parts += [f"{name} {value:.4g}" for name, value in (values or {}).items()]
         parts += [f"{self.images_per_s():.1f} images/s", f"ETA {int(remaining_s) // 60}:{int(remaining_s) % 60:02d}"]
         return "  ".join(part for part in parts if part)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held so far: of the GPU if it works on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

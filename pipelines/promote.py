@@ -21,6 +21,7 @@ from infra.registry import RegisteredVersion, download, find_alias, list_version
 from infra.tracking import find_run, tracking_uri
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
+from pipelines.model_files import fetch_bundle
 from pipelines.pyfunc import LOADER_MODULE, model_signature
 from pipelines.scoring import score_bundle
 
@@ -42,7 +43,12 @@ def run_register(arguments: argparse.Namespace) -> int:
     uri = tracking_uri(arguments.tracking_uri)
     if any(character in arguments.name for character in "/:@"):
         raise UsageError(f"--name {arguments.name!r}: a name may not hold / : or @")
-    candidate = finished_run(uri, arguments.run)
+    with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
+        return register_run(uri, arguments, finished_run(uri, arguments.run, Path(scratch)))
+
+
+def register_run(uri: str, arguments: argparse.Namespace, candidate: Candidate) -> int:
+    """Make the candidate a version, unless it is one, and let it compete for the alias."""
     if arguments.score not in candidate.scores:
         raise UsageError(f"--score {arguments.score}: the run has {', '.join(sorted(candidate.scores)) or 'no scores'}")
     present = find_alias(uri, arguments.name, arguments.alias)
@@ -66,11 +72,10 @@ def run_register(arguments: argparse.Namespace) -> int:
 
 
 class Candidate:
-    """A finished run: its best checkpoint and scores."""
+    """A finished run: its best checkpoint, as a folder, and scores."""
 
-    def __init__(self, run_id: str, tags: Mapping[str, str], scores: Mapping[str, float]) -> None:
-        self.run_id, self.tags, self.scores = run_id, tags, scores
-        self.bundle = Path(tags["afa.best_checkpoint"])
+    def __init__(self, run_id: str, tags: Mapping[str, str], scores: Mapping[str, float], bundle: Path) -> None:
+        self.run_id, self.tags, self.scores, self.bundle = run_id, tags, scores, bundle
 
     def version_tags(self) -> dict[str, str]:
         """What a version says of itself."""
@@ -82,8 +87,8 @@ class Candidate:
         }
 
 
-def finished_run(uri: str, run_id: str) -> Candidate:
-    """The run, if it can be registered.
+def finished_run(uri: str, run_id: str, scratch: Path) -> Candidate:
+    """The run, if it can be registered; a checkpoint in a store is fetched into ``scratch``.
 
     Raises:
         ServiceError: no such run, not finished, or its checkpoint is gone.
@@ -94,7 +99,7 @@ def finished_run(uri: str, run_id: str) -> Candidate:
         status = tags.get("afa.status", run.info.status.lower())
         raise ServiceError(f"run {run_id} is no finished training (its status: {status})")
     scores = {name.removeprefix("best."): value for name, value in run.data.metrics.items() if name.startswith("best.")}
-    candidate = Candidate(run_id, tags, scores)
+    candidate = Candidate(run_id, tags, scores, fetch_bundle(tags["afa.best_checkpoint"], scratch))
     load_bundle(candidate.bundle)  # one that cannot be loaded must not get into the registry
     return candidate
 
@@ -138,7 +143,7 @@ def present_score(uri: str, present: RegisteredVersion, candidate: Candidate, sc
     print(f"version {present.version} was scored on other shards: scoring it on {candidate.tags['afa.val_data']}")
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
         folder = download(uri, present, Path(scratch))
-        return score_bundle(folder, Path(candidate.tags["afa.val_data"]))[score]
+        return score_bundle(folder, candidate.tags["afa.val_data"])[score]
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:

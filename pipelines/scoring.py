@@ -27,13 +27,14 @@ from afa_core.checkpoint import load_bundle
 from afa_core.classes import tags_to_cls_label
 from afa_core.config import CamConfig, ParConfig
 from afa_core.data.sample import Sample
-from afa_core.data.shards import DatasetIndex, iterate_samples, load_dataset_index, shard_paths
+from afa_core.data.shards import iterate_samples
 from afa_core.data.transforms import denormalise_to_unit, normalise
 from afa_core.errors import InputError
 from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
 from afa_core.pseudo_label import make_pseudo_label, propagate_cam
+from pipelines.shard_store import load_shard_set, split_files
 
 STAGES = ("cam", "refined_cam", "affinity_cam", "refined_affinity", "segmentation")
 BATCH_SIZE = 8
@@ -96,32 +97,31 @@ def score_samples(
 
 
 def evaluation_samples(
-    dataset: str | Path, index: DatasetIndex, *, rank: int, world_size: int, limit: int | None
+    paths: Iterable[str | Path], classes: tuple[str, ...], *, rank: int, world_size: int, limit: int | None
 ) -> Iterator[Sample]:
-    """The share of one rank of the validation samples: every ``world_size``-th of the first ``limit``."""
-    paths = shard_paths(dataset, index, "val")
-    samples = iterate_samples(paths, index.classes, with_seg=True)
+    """The share of one rank of the samples of some shards: every ``world_size``-th of the first ``limit``."""
+    samples = iterate_samples(paths, classes, with_seg=True)
     return islice(samples, rank, limit, world_size)
 
 
-def score_bundle(bundle_dir: Path, dataset_dir: Path, split: str = "val") -> dict[str, float]:
+def score_bundle(bundle_dir: Path, dataset: str, split: str = "val") -> dict[str, float]:
     """Scores of a saved model on a split with masks.
 
     Raises:
         InputError: the model or the split is not usable, or the split has no masks.
     """
     bundle = load_bundle(bundle_dir)
-    index = load_dataset_index(dataset_dir)
+    index = load_shard_set(dataset)
     if index.classes != bundle.classes:
-        raise InputError(f"{dataset_dir} has the classes {index.classes}, the model {bundle.classes}")
-    samples = iterate_samples(shard_paths(dataset_dir, index, split), index.classes, with_seg=True)
+        raise InputError(f"{dataset} has the classes {index.classes}, the model {bundle.classes}")
+    samples = iterate_samples(split_files(dataset, index, split).paths(), index.classes, with_seg=True)
     scores = Scores(len(bundle.classes))
     count = sum(
         len(batch.image)
         for batch in score_samples(bundle.model, samples, bundle.classes, bundle.cam_config, bundle.par_config, scores)
     )
     if not count:
-        raise InputError(f"split {split!r} of {dataset_dir} has no picture with a mask (.seg.png)")
+        raise InputError(f"split {split!r} of {dataset} has no picture with a mask (.seg.png)")
     return scores.summary()
 
 

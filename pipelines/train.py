@@ -1,7 +1,8 @@
 """``afa train``: train AFA on a shard set with Ray Train.
 
 The driver checks the configuration and the shards, opens the MLflow run, starts the workers, and records what they
-leave behind. Exit status: 0 trained, 1 failed (the run says why), 2 a mistake in the input.
+leave behind. Lost workers are started anew and go on from the newest checkpoint; after the loss of the driver the same
+command with --resume does. Exit status: 0 trained, 1 failed (the run says why), 2 a mistake in the input.
 """
 
 from __future__ import annotations
@@ -10,37 +11,44 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from afa_core.data.shards import DatasetIndex, dataset_digest, load_dataset_index, verify_shards
-from afa_core.data.stream import check_enough_shards
+from afa_core.data.shards import DatasetIndex, dataset_digest
 from afa_core.errors import InputError
 from afa_core.model import build_model
+from infra.object_store import ObjectError, find_object, join, read_object, write_object
 from infra.tracking import RunLogger, open_run, safe_uri, tracking_uri
+from pipelines.checkpoints import CheckpointStore
 from pipelines.cli import causes, stage_main
-from pipelines.config import ExperimentConfig, experiment_to_values, load_experiment
+from pipelines.config import ExperimentConfig, TrainConfig, experiment_to_values, load_experiment
+from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
+from pipelines.label_sources import absolute_source
 from pipelines.local_ray import start_ray
+from pipelines.shard_store import load_shard_set, verify_shard_set
 from pipelines.training import WorkerSettings, train_worker
 
 RUN_FILE = "afa_run.json"
+CHECKPOINTS = "checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa train``."""
-    parser.add_argument("dataset", type=Path, help="shard set (folder with dataset.json)")
+    parser.add_argument("dataset", help="shard set: folder or s3:// prefix with dataset.json")
     parser.add_argument("--config", help="YAML file, or the name of a shipped one (shapes_cpu, voc_mit_b1, ...)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override one value, e.g. optim.lr=1e-4; may be repeated")  # fmt: skip
-    parser.add_argument("--storage", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--storage", default="runs", help="folder or s3:// prefix where runs are kept (default: runs)")
     parser.add_argument("--run-name", help="default: the experiment's name and the time")
     parser.add_argument("--resume", metavar="RUN_NAME", help="go on with a run that was interrupted")
 
@@ -48,114 +56,128 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; prints the run's id and scores."""
     experiment = load_experiment(arguments.config, arguments.overrides)
-    dataset = arguments.dataset.absolute()
-    index = load_dataset_index(dataset)
+    dataset, storage = absolute_source(arguments.dataset), absolute_source(arguments.storage)
+    index = load_shard_set(dataset)
     check_inputs(index, experiment)
-    verify_shards(dataset, index, ["train", "val"])
+    verify_shard_set(dataset, index, ["train", "val"])
     start_ray()
-    storage = arguments.storage.absolute()
+    workers = scaling(experiment.train)
     name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    logger = attach_or_open(storage / name, experiment, index, dataset, resume=arguments.resume is not None)
-    print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=asdict(
-            WorkerSettings(experiment_to_values(experiment), str(dataset), logger.uri, logger.run_id)
-        ),
-        scaling_config=scaling(experiment.train.workers),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(storage),
-            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # stubs show Train V1
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=experiment.train.keep_checkpoints,
-                checkpoint_score_attribute=experiment.train.best_metric,
-                checkpoint_score_order="max",
-            ),
-        ),
-    )
-    return finish(trainer, logger, experiment, name)
+    run_uri = join(storage, name)
+    check_name(run_uri, resume=arguments.resume is not None)
+    with DriverLease(run_uri):
+        logger = attach_or_open(run_uri, experiment, index, dataset, resume=arguments.resume is not None)
+        print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
+        settings = WorkerSettings(
+            experiment_to_values(experiment), dataset, join(run_uri, CHECKPOINTS), logger.uri, logger.run_id
+        )
+        return finish(settings, workers, logger, experiment, name)
 
 
 def check_inputs(index: DatasetIndex, experiment: ExperimentConfig) -> None:
     """What can be known to go wrong is said before any process starts.
 
     Raises:
-        InputError: a split is missing, there are fewer training shards than readers, or the model cannot be built.
+        InputError: a split is missing or empty, or the model cannot be built.
     """
     for split in ("train", "val"):
         if split not in index.splits:
             raise InputError(f"the shard set has no split {split!r}, only {', '.join(index.splits) or 'none'}")
-    readers = experiment.train.workers * max(1, experiment.data.loader_workers)
-    check_enough_shards(len(index.splits["train"].shards), readers)
+        if not index.splits[split].samples:
+            raise InputError(f"the shard set's split {split!r} has no samples")
     build_model(experiment.model, len(index.classes))  # a wrong name or checkpoint shows here, not in every worker
 
 
-def scaling(workers: int) -> ScalingConfig:
+def scaling(train: TrainConfig) -> ScalingConfig:
     """GPUs where the cluster has enough of them, else its processors shared out evenly.
 
     Raises:
         UsageError: more workers than processors.
     """
+    least = train.min_workers or train.workers
+    number: Any = train.workers if least == train.workers else (least, train.workers)  # stubs know no pair
     resources = ray.cluster_resources()
-    if resources.get("GPU", 0) >= workers:
-        return ScalingConfig(num_workers=workers, use_gpu=True)
+    if train.device == "gpu" or (train.device == "auto" and resources.get("GPU", 0) >= least):
+        return ScalingConfig(num_workers=number, use_gpu=True)
     processors = int(resources.get("CPU", 0))
-    if processors < workers:
-        raise UsageError(f"train.workers={workers}, but the cluster has {processors} processors")
-    return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": processors // workers})
+    if processors < least:
+        raise UsageError(f"train.workers={train.workers}, but the cluster has {processors} processors")
+    return ScalingConfig(num_workers=number, resources_per_worker={"CPU": max(1, processors // train.workers)})
+
+
+def check_name(run_uri: str, *, resume: bool) -> None:
+    """See that a run that goes on is there, and a new one is not.
+
+    Raises:
+        UsageError: saying what would be right.
+    """
+    storage, name = run_uri.rsplit("/", 1)
+    there = find_object(join(run_uri, RUN_FILE)) is not None
+    if resume and not there:
+        raise UsageError(f"no interrupted run at {run_uri}: look for its name in {storage}")
+    if there and not resume:
+        raise UsageError(f"there is a run at {run_uri} already: go on with --resume {name} or name another")
 
 
 def attach_or_open(
-    folder: Path, experiment: ExperimentConfig, index: DatasetIndex, dataset: Path, *, resume: bool
+    run_uri: str, experiment: ExperimentConfig, index: DatasetIndex, dataset: str, *, resume: bool
 ) -> RunLogger:
     """The MLflow run of this training run: a new one, or that of the interrupted run.
 
     Raises:
-        UsageError: the name is taken, or there is nothing to resume, or the configuration has changed.
+        UsageError: the configuration has changed.
     """
     uri = tracking_uri(experiment.tracking.uri)
-    record = folder / RUN_FILE
+    record, name = join(run_uri, RUN_FILE), run_uri.rsplit("/", 1)[1]
     # Where it is recorded is no part of the experiment, and may hold a password.
     values = {key: value for key, value in experiment_to_values(experiment).items() if key != "tracking"}
     if resume:
-        if not record.is_file():
-            raise UsageError(f"no interrupted run at {folder}: look for its name in {folder.parent}")
-        earlier = json.loads(record.read_text())
+        earlier = read_record(record)
         if earlier["experiment"] != values or earlier["dataset_digest"] != dataset_digest(index):
-            raise UsageError(f"run {folder.name} was started with another configuration or shard set: use the same")
+            raise UsageError(f"run {name} was started with another configuration or shard set: use the same")
         logger = RunLogger.attach(uri, earlier["run_id"])
         logger.reopen()
         logger.set_tags({"afa.status": "running"})
         return logger
-    if folder.exists():
-        raise UsageError(f"there is a run at {folder} already: go on with --resume {folder.name} or name another")
     logger = open_run(
         uri,
         experiment.tracking.experiment,
-        folder.name,
-        {**values, "dataset": str(dataset)},
+        name,
+        {**values, "dataset": dataset},
         {
             "afa.status": "running",
             "afa.dataset_digest": dataset_digest(index),
             "afa.git_commit": git_commit(),
-            "afa.val_data": str(dataset),
+            "afa.val_data": dataset,
             "afa.val_shards": json.dumps([shard.sha256 for shard in index.splits["val"].shards]),
             "afa.classes": json.dumps(index.classes),
         },
     )
-    folder.mkdir(parents=True)
-    record.write_text(
-        json.dumps({"run_id": logger.run_id, "experiment": values, "dataset_digest": dataset_digest(index)})
-    )
+    values = {"run_id": logger.run_id, "experiment": values, "dataset_digest": dataset_digest(index)}
+    write_object(record, json.dumps(values).encode())
     return logger
 
 
-def finish(trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfig, name: str) -> int:
-    """Wait for the workers and record the outcome in the run."""
+def read_record(uri: str) -> dict[str, Any]:
+    """What the run's first driver wrote.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        values: dict[str, Any] = json.loads(read_object(uri)[0])
+        return {name: values[name] for name in ("run_id", "experiment", "dataset_digest")}
+    except (ObjectError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{uri} is no record of a run: {error}") from error
+
+
+def finish(
+    settings: WorkerSettings, workers: ScalingConfig, logger: RunLogger, experiment: ExperimentConfig, name: str
+) -> int:
+    """Start the workers, wait for them, and record the outcome in the run."""
     try:
         # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
-        result = ThreadPoolExecutor(1).submit(trainer.fit).result()
+        outcome = ThreadPoolExecutor(1).submit(train, settings, workers, experiment, name).result()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             logger.set_tags({"afa.status": "interrupted"})
@@ -163,22 +185,62 @@ def finish(trainer: TorchTrainer, logger: RunLogger, experiment: ExperimentConfi
             ray.shutdown()  # ends the workers, and with them the thread
             raise KeyboardInterrupt(f"go on with --resume {name}") from None
         reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
-        logger.set_tags({"afa.status": "failed", "afa.error": f"{type(reason).__name__}: {reason}"[:500]})
-        logger.finish("FAILED")
+        outcome = {"error": f"{type(reason).__name__}: {reason}", "users": False}
         if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
+            record_failure(logger, outcome["error"])
             raise
-        print(f"training failed: {type(reason).__name__}: {reason}", file=sys.stderr)
+    if "error" in outcome:
+        record_failure(logger, outcome["error"])
+        if outcome["users"]:
+            raise UsageError(outcome["error"])
+        print(f"training failed: {outcome['error']}", file=sys.stderr)
         return 1
+    return record_success(settings, logger, experiment, outcome["speed"])
+
+
+def train(settings: WorkerSettings, workers: ScalingConfig, experiment: ExperimentConfig, name: str) -> dict[str, Any]:
+    """Run the workers to their end; what rank 0 returns."""
+    # Ray keeps a record of its own, which nothing here depends on.
+    with tempfile.TemporaryDirectory(prefix="afa-ray-train-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            train_worker,  # type: ignore[arg-type]  # as above
+            train_loop_config=asdict(settings),
+            scaling_config=workers,
+            run_config=RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=experiment.train.max_failures),
+                logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # stubs show Train V1
+            ),
+        )
+        outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]  # as above
+        return outcome
+
+
+def record_failure(logger: RunLogger, reason: str) -> None:
+    """Close the run with the reason."""
+    logger.set_tags({"afa.status": "failed", "afa.error": reason[:500]})
+    logger.finish("FAILED")
+
+
+def record_success(settings: WorkerSettings, logger: RunLogger, experiment: ExperimentConfig, speed: str) -> int:
+    """Close the run with its best checkpoint; 0."""
     metric = experiment.train.best_metric
-    best, scores = max(result.best_checkpoints or [], key=lambda pair: pair[1].get(metric, float("-inf")))
-    scores = {name: value for name, value in scores.items() if isinstance(value, float)}
-    logger.log_metrics({f"best.{name}": value for name, value in scores.items()}, experiment.optim.total_steps)
+    best = CheckpointStore(settings.checkpoints, metric=metric).best()
+    assert best is not None  # the last step is always evaluated
+    logger.log_metrics({f"best.{name}": value for name, value in best.scores.items()}, experiment.optim.total_steps)
     logger.set_tags(
-        {"afa.status": "finished", "afa.best_checkpoint": best.path, "afa.best_score": str(scores.get(metric))}
+        {
+            "afa.status": "finished",
+            "afa.best_checkpoint": best.uri,
+            "afa.best_score": str(best.scores[metric]),
+            "afa.speed": speed,
+        }
     )
     logger.finish("FINISHED")
-    print(f"best checkpoint {best.path}")
-    print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    print(speed)
+    print(f"best checkpoint {best.uri}")
+    print("  ".join(f"{name} {value:.3f}" for name, value in best.scores.items()))
     print(f"register it:  afa register {logger.run_id} --name NAME")
     return 0
 

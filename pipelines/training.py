@@ -1,48 +1,52 @@
 """What every training worker runs: the loop, evaluation, checkpoints, logging.
 
-``train.py`` starts it in N processes. Rank 0 alone writes to MLflow and to the terminal. A checkpoint is a bundle
-(see ``afa_core.checkpoint``) with training state beside it: optimiser and step, and the random state of every rank.
+``train.py`` starts it in N processes. Rank 0 alone writes checkpoints, to MLflow and to the terminal. A checkpoint is a
+bundle (see ``afa_core.checkpoint``) with the optimiser's state and the step beside it. The step is all there is to
+know: which samples come next follows from it (``afa_core.data.order``), and so do the random states of every worker,
+which are set from (seed, step, rank) before each step.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from afa_core.checkpoint import (
-    load_training_state,
-    load_weights,
-    random_state,
-    save_bundle,
-    save_training_state,
-    set_random_state,
-)
-from afa_core.data.shards import load_dataset_index
-from afa_core.data.stream import SampleStream
-from afa_core.data.transforms import TrainTransform, collate
+from afa_core.batch_norm import synchronise_batch_norm
+from afa_core.checkpoint import load_training_state, load_weights, save_bundle, save_training_state
+from afa_core.data.train_samples import TrainBatch
+from afa_core.errors import InputError
 from afa_core.model import build_model
 from afa_core.optim import apply_schedule, build_optimizer
 from afa_core.step import Batch, NonFiniteLossError, check_finite, training_step
+from infra.errors import ServiceError
 from infra.tracking import RunLogger
+from pipelines.checkpoints import CheckpointStore, SavedCheckpoint
 from pipelines.config import ExperimentConfig, experiment_from_values
+from pipelines.feed import step_batches
 from pipelines.pictures import COLUMNS, Tile, grid_png, scored_rows
-from pipelines.progress import Progress
+from pipelines.progress import Progress, peak_memory_gib
 from pipelines.scoring import Scores, evaluation_samples, score_samples
+from pipelines.shard_store import load_shard_set, split_files
 
 STATE = "training_state.pt"
+# A share of bad samples means nothing before so many were seen.
+BUDGET_FROM_SAMPLES = 100
+NAMED_SKIPS = 3
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,33 @@ class WorkerSettings:
 
     experiment: dict[str, Any]
     dataset: str
+    checkpoints: str
     tracking_uri: str
     run_id: str
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Entry point of one worker, called by Ray Train with the fields of ``WorkerSettings``."""
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Entry point of one worker, called by Ray Train with the fields of ``WorkerSettings``.
+
+    Returns:
+        ``speed``, words on what limited it; or ``error`` and whether the user can mend it, where all workers stopped
+        together and starting them again would end the same.
+    """
     # The gradient of a depth-wise convolution has strides of its own; a copy of a few kilobytes is no news.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     settings = WorkerSettings(**config)
     worker = Worker(settings, experiment_from_values(settings.experiment, "the job's configuration"))
-    worker.run()
+    try:
+        worker.run()
+    except NonFiniteLossError as error:
+        return {"error": str(error), "users": False}
+    except TooManyBadSamples as error:
+        return {"error": str(error), "users": True}
+    return {"speed": worker.progress.bottleneck()}
+
+
+class TooManyBadSamples(InputError):
+    """All workers together have seen more unusable samples than is allowed."""
 
 
 class Worker:
@@ -70,73 +90,138 @@ class Worker:
     def __init__(self, settings: WorkerSettings, experiment: ExperimentConfig) -> None:
         self.settings = settings
         self.experiment = experiment
+        train = experiment.train
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.index = load_dataset_index(settings.dataset)
-        # Ranks draw different augmentations, but start from the same weights.
-        torch.manual_seed(experiment.train.seed)
+        self.index = load_shard_set(settings.dataset)
+        self.checkpoints = CheckpointStore(
+            settings.checkpoints, keep_last=train.keep_last, keep_best=train.keep_best, metric=train.best_metric
+        )
+        torch.manual_seed(train.seed)  # all workers start from the same weights
         self.model = build_model(experiment.model, len(self.index.classes))
+        if self.world_size > 1:
+            synchronise_batch_norm(self.model, self.device)
         self.optimizer = build_optimizer(
             self.model, experiment.optim, pretrained=experiment.model.pretrained is not None
         )
-        self.step = self._resume()
+        self.step = self.seen = self.skipped = 0
+        self.skips: Counter[str] = Counter()
+        self._resume()
         self.forward = self._wrap()
-        torch.manual_seed(experiment.train.seed + 1 + self.rank)
         self.history: dict[int, dict[str, float]] = {}  # what each step recorded since it was last sent
         self.logger = RunLogger.attach(settings.tracking_uri, settings.run_id) if self.rank == 0 else None
-        self.progress = Progress("step", experiment.optim.total_steps, self.step, window=experiment.train.log_every)
+        # Steps that are done once more after a restart are in the run already.
+        self.logged_to = self.logger.last_step("loss.cls") if self.logger else -1
+        self.progress = Progress("step", experiment.optim.total_steps, self.step, window=train.log_every)
 
     def run(self) -> None:
         """Train to the last step, evaluating and saving on the way and at the end."""
         train, total = self.experiment.train, self.experiment.optim.total_steps
-        if self.restored_random_state is not None:
-            set_random_state(self.restored_random_state)
-        batches = self._batches()
+        batches = step_batches(
+            self.settings.dataset, self.index, self.experiment,
+            first_step=self.step, rank=self.rank, world_size=self.world_size,
+        )  # fmt: skip
         self.model.train()
         while self.step < total:
-            self._train_step(next(batches))
+            began = time.monotonic()
+            parts = next(batches)
+            self.progress.waited(time.monotonic() - began)
+            self._train_step(parts)
             self.step += 1
             if self.step % train.eval_every == 0 or self.step == total:
                 self._log_history()
                 self._save(self._evaluate())
                 self.progress.pause()
+            elif self.step % train.checkpoint_every == 0:
+                self._save({})
+        self.checkpoints.wait()
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, parts: list[TrainBatch]) -> None:
+        """One optimiser step over this worker's parts of the global batch.
+
+        Every sample of all workers weighs the same, however many a worker or a part has.
+        """
         experiment = self.experiment
         apply_schedule(self.optimizer, self.step, experiment.optim)
-        result = training_step(
-            self.model,
-            batch,
-            self.step,
-            experiment.cam,
-            experiment.par,
-            experiment.loss,
-            forward=self.forward,
-        )
-        terms = self._mean_over_workers(result.terms)
+        seed_step(experiment.train.seed, self.step, self.rank)
+        samples = self._count(parts)
+        sums: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            synchronised = self.world_size == 1 or number == len(parts) - 1
+            with nullcontext() if synchronised else self.forward.no_sync():  # type: ignore[operator]
+                result = training_step(
+                    self.model, self._to_batch(part), self.step, experiment.cam, experiment.par, experiment.loss,
+                    forward=self.forward,
+                )  # fmt: skip
+                (result.loss * (len(part.keys) * self.world_size / max(1, samples))).backward()
+            for name, term in result.terms.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term.detach() * (
+                    len(part.keys) / max(1, samples)
+                )
+        terms = self._sum_over_workers(sums)
         losses = {f"loss.{name}": float(value) for name, value in terms.items()}
         lr = self.optimizer.param_groups[0]["lr"]
-        self.history[self.step] = {**losses, "lr": lr, "images_per_s": self.progress.images_per_s()}
+        self.history[self.step] = {**losses, "lr": lr, **self.progress.rates(), "data.skipped": float(self.skipped)}
         try:
             check_finite(terms, self.step)
         except NonFiniteLossError:
             self._log_history()
-            self._save({"diverged": 1.0})  # the weights of before this step
+            self._save({})  # the weights of before this step
+            self.checkpoints.wait()
             raise
-        self.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
         self.optimizer.step()
-        self.progress.count(len(batch.image) * self.world_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.count(samples)
         if self.step % experiment.train.log_every == 0:
             self._log_history()
             self._say(self.progress.line(result.phase.value, {**losses, "lr": lr}))
 
+    def _count(self, parts: list[TrainBatch]) -> int:
+        """Usable samples of this step, of all workers; also keeps count of the others.
+
+        Raises:
+            TooManyBadSamples: in every worker at the same step.
+        """
+        skipped = [skip for part in parts for skip in part.skipped]
+        for skip in skipped:
+            if self.skips.total() < NAMED_SKIPS:
+                sys.stdout.write(f"skipped sample {skip.key}: {skip.reason}\n")
+            self.skips[skip.reason] += 1
+        counts = torch.tensor([sum(len(part.keys) for part in parts), len(skipped)], device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(counts)
+        samples, bad = counts.tolist()
+        self.seen += samples + bad
+        self.skipped += bad
+        allowed = self.experiment.data.max_bad_share
+        if self.seen >= BUDGET_FROM_SAMPLES and self.skipped > allowed * self.seen:
+            reasons: Counter[str] = sum(self._gather(self.skips), Counter())
+            self._save({})
+            self.checkpoints.wait()
+            raise TooManyBadSamples(
+                f"{self.skipped} of {self.seen} training samples cannot be used (data.max_bad_share={allowed}): "
+                f"{dict(reasons)}"
+            )
+        return int(samples)
+
+    def _to_batch(self, part: TrainBatch) -> Batch:
+        """A part on the device; where none of its samples could be used a blank one, which weighs nothing."""
+        if part.keys:
+            return Batch(part.image.to(self.device), part.cls_label.to(self.device), part.box)
+        side = self.experiment.data.crop_px
+        return Batch(
+            torch.zeros(1, 3, side, side, device=self.device),
+            torch.zeros(1, len(self.index.classes), device=self.device),
+            torch.tensor([[0, side, 0, side]]),
+        )
+
     def _evaluate(self) -> dict[str, float]:
         """Scores on the validation shards, over all workers."""
         experiment = self.experiment
+        files = split_files(self.settings.dataset, self.index, "val", experiment.data.cache_gib)
         samples = evaluation_samples(
-            self.settings.dataset, self.index, rank=self.rank, world_size=self.world_size,
+            files.paths(), self.index.classes, rank=self.rank, world_size=self.world_size,
             limit=experiment.train.eval_samples,
         )  # fmt: skip
         scores = Scores(len(self.index.classes))
@@ -152,67 +237,68 @@ class Worker:
                 self.logger.log_picture(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
         return summary
 
-    def _batches(self) -> Iterator[Batch]:
-        """An endless stream of augmented batches of this rank's own shards."""
-        data, train = self.experiment.data, self.experiment.train
-        stream = SampleStream(
-            self.settings.dataset,
-            self.index,
-            "train",
-            TrainTransform(data, self.index.classes),
-            data,
-            seed=train.seed + self.step,  # a resumed run does not see the same beginning again
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        loader = DataLoader(stream, train.batch_size, num_workers=data.loader_workers, collate_fn=collate)
-        for item in loader:
-            yield Batch(item.image.to(self.device), item.cls_label.to(self.device), item.box)
-
     def _wrap(self) -> nn.Module:
         """The network on its device, wrapped for data parallelism where there are several workers."""
-        if self.world_size > 1 and self.device.type == "cuda":
-            # As published; on the CPU the layer does not exist and every worker keeps its own statistics.
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         wrapped: nn.Module = ray.train.torch.prepare_model(self.model)
         return wrapped
 
-    def _mean_over_workers(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Terms averaged over workers, so that all see a non-finite one and stop together."""
-        values = torch.stack([term.detach() for term in terms.values()])
+    def _sum_over_workers(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Terms summed over workers, so that all see a non-finite one and stop together."""
+        values = torch.stack(list(terms.values()))
         if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.world_size
         return dict(zip(terms, values, strict=True))
 
-    def _save(self, metrics: dict[str, float]) -> None:
-        """Report metrics with a checkpoint: weights and optimiser from rank 0, random state from every rank."""
-        experiment = self.experiment
-        with tempfile.TemporaryDirectory() as folder:
-            if self.rank == 0:
-                save_bundle(
-                    folder, self.model, self.index.classes, experiment.model, experiment.cam, experiment.par,
-                    experiment.label,
-                )  # fmt: skip
-                state = {"step": self.step, "optimizer": self.optimizer.state_dict()}
-                save_training_state(Path(folder) / STATE, state)
-            save_training_state(Path(folder) / f"random_state-{self.rank}.pt", random_state())
-            ray.train.report({"step": self.step, **metrics}, checkpoint=Checkpoint.from_directory(folder))
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all workers, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
-    def _resume(self) -> int:
-        """Load the run's last checkpoint, if it has one; the step to go on with."""
-        self.restored_random_state: dict[str, Any] | None = None
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return 0
-        with checkpoint.as_directory() as folder:
+    def _save(self, scores: dict[str, float]) -> None:
+        """Save the state of before the next step; rank 0 has all there is to save."""
+        experiment = self.experiment
+        if self.rank == 0:
+            folder = Path(tempfile.mkdtemp(prefix="afa-checkpoint-"))
+            save_bundle(
+                folder, self.model, self.index.classes, experiment.model, experiment.cam, experiment.par,
+                experiment.label,
+            )  # fmt: skip
+            state = {"step": self.step, "seen": self.seen, "skipped": self.skipped}
+            save_training_state(folder / STATE, {**state, "optimizer": self.optimizer.state_dict()})
+            self.checkpoints.save(self.step, folder, scores)
+        ray.train.report({"step": self.step, **scores})
+
+    def _resume(self) -> None:
+        """Load the run's newest checkpoint, if it has one."""
+        with tempfile.TemporaryDirectory(prefix="afa-resume-") as scratch:
+            # The newest may be younger for one worker than for another, or damaged: rank 0 decides.
+            newest = self._newest(Path(scratch)) if self.rank == 0 else None
+            step = self._gather(newest.step if newest else None)[0]
+            if step is None:
+                return
+            if newest is None:
+                newest = next(saved for saved in self.checkpoints.load_all() if saved.step == step)
+                newest.fetch(Path(scratch) / str(step))
+            folder = Path(scratch) / str(step)
             load_weights(self.model, folder)
-            state = load_training_state(Path(folder) / STATE)
-            own = Path(folder) / f"random_state-{self.rank}.pt"
-            if own.is_file():  # not there if the number of workers has grown
-                self.restored_random_state = load_training_state(own)
+            state = load_training_state(folder / STATE)
         self.optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        self.step, self.seen, self.skipped = state["step"], state["seen"], state["skipped"]
+        self._say(f"goes on from step {self.step}")
+
+    def _newest(self, scratch: Path) -> SavedCheckpoint | None:
+        """The newest checkpoint that can be read, fetched."""
+        for saved in reversed(self.checkpoints.load_all()):
+            try:
+                saved.fetch(scratch / str(saved.step))
+            except ServiceError as error:
+                self._say(f"{error}; taking the one before")
+            else:
+                return saved
+        return None
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
@@ -223,5 +309,15 @@ class Worker:
     def _log_history(self) -> None:
         """Send every step's numbers; together, so that a step does not wait for the tracking server."""
         if self.logger:
-            self.logger.log_history(self.history)
+            memory = {"memory_gib": peak_memory_gib(self.device)}
+            new = {step: values | memory for step, values in self.history.items() if step > self.logged_to}
+            self.logger.log_history(new)
         self.history.clear()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set the random generators of this process for one step."""
+    state = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+    random.seed(state)
+    np.random.seed(state % 2**32)
+    torch.manual_seed(state % 2**63)

@@ -125,9 +125,18 @@ def shard_paths(folder: str | Path, index: DatasetIndex, split: str) -> list[Pat
     Raises:
         InputError: no such split.
     """
-    if split not in index.splits:
-        raise InputError(f"{folder} has no split {split!r}, only {', '.join(index.splits) or 'none'}")
+    check_split(folder, index, split)
     return [Path(folder) / shard.name for shard in index.splits[split].shards]
+
+
+def check_split(source: str | Path, index: DatasetIndex, split: str) -> None:
+    """See that the set has a split.
+
+    Raises:
+        InputError: it has not.
+    """
+    if split not in index.splits:
+        raise InputError(f"{source} has no split {split!r}, only {', '.join(index.splits) or 'none'}")
 
 
 def verify_shards(folder: str | Path, index: DatasetIndex, splits: Iterable[str]) -> None:
@@ -196,7 +205,7 @@ def iterate_shard(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            yield from group_by_keys(_members(tar, str(path)), keys=base_plus_ext, handler=_skip_repeated_member)
+            yield from group_by_keys(_members(tar, str(path)), keys=base_plus_ext, handler=skip_repeated_member)
             tar.fileobj.seek(tar.offset)
             if not tar.fileobj.read(tarfile.BLOCKSIZE):  # tarfile takes a cut between two members for the end
                 raise EOFError("cut short: it has no end marker")
@@ -213,7 +222,7 @@ def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
         tar.members = []  # type: ignore[attr-defined]  # else the list of members grows with the shard
 
 
-def _skip_repeated_member(error: Exception) -> bool:
+def skip_repeated_member(error: Exception) -> bool:
     """A member of the same name as one before it is passed over: the first one counts."""
     return isinstance(error, ValueError)
 

@@ -48,22 +48,12 @@ def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TrainItem(NamedTuple):
-    """A crop, or after ``collate`` a batch of them: image [B, 3, S, S], cls_label [B, F], box [B, 4] int64."""
+    """A crop: image [3, S, S], cls_label [F], box [4] int64, and the sample's key."""
 
     image: Tensor
     cls_label: Tensor
     box: Tensor
-    key: str | Sequence[str]
-
-
-def collate(items: Sequence[TrainItem]) -> TrainItem:
-    """Crops to a batch."""
-    return TrainItem(
-        torch.stack([item.image for item in items]),
-        torch.stack([item.cls_label for item in items]),
-        torch.stack([item.box for item in items]),
-        [str(item.key) for item in items],
-    )
+    key: str
 
 
 class TrainTransform:

@@ -1,61 +1,25 @@
-"""Shard sets: index, integrity, damage, who reads what, and the budget for bad samples."""
+"""Shard sets: index, integrity, damage."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
-from torch.utils.data import DataLoader
+from shard_sets import write_set
 
-from afa_core.config import DataConfig
-from afa_core.data.sample import encode_sample
 from afa_core.data.shards import (
     BadShard,
-    DatasetIndex,
-    ShardWriter,
-    SplitIndex,
     dataset_digest,
     iterate_shard,
     load_dataset_index,
     save_dataset_index,
     verify_shards,
 )
-from afa_core.data.stream import SampleStream, assign_shards
-from afa_core.data.transforms import TrainTransform, collate
 from afa_core.errors import InputError
-
-CLASSES = ("cat", "dog")
-CONFIG = DataConfig(crop_px=32, loader_workers=0, shuffle_buffer=4)
-
-
-def picture(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 30), (value % 256, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_set(folder: Path, shards: int = 4, samples: int = 5, bad: int = 0) -> DatasetIndex:
-    """A set of pictures ``s0-0`` ...; in each shard the first ``bad`` ones are damaged."""
-    entries = []
-    for shard in range(shards):
-        writer = ShardWriter(folder / f"train-{shard:06d}.tar")
-        for sample in range(samples):
-            data = b"damaged" if sample < bad else picture(sample)
-            writer.write(encode_sample(f"s{shard}-{sample}", data, "png", {"tags": ["dog"]}), ["dog"])
-        entries.append(writer.close())
-    index = DatasetIndex(CLASSES, {"train": SplitIndex(tuple(entries), {"cat": 0, "dog": shards * samples})})
-    save_dataset_index(folder, index)
-    return index
 
 
 def test_index_survives_the_round_trip_and_shards_fit_it(tmp_path: Path) -> None:
@@ -139,74 +103,3 @@ def test_links_and_repeated_members_are_passed_over(tmp_path: Path) -> None:
     samples = list(iterate_shard(path))
     assert [sample["__key__"] for sample in samples] == ["b"]
     assert samples[0]["txt"] == b"1"
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 99), st.integers(0, 20))
-def test_every_shard_has_exactly_one_reader_an_epoch(shards: int, readers: int, seed: int, epoch: int) -> None:
-    paths = [Path(str(index)) for index in range(shards)]
-    parts = [assign_shards(paths, seed, epoch, reader=reader, readers=readers) for reader in range(readers)]
-    assert sorted(itertools.chain(*parts)) == sorted(paths)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_a_reader_sees_other_shards_in_other_epochs() -> None:
-    paths = [Path(str(index)) for index in range(8)]
-    seen = {path for epoch in range(20) for path in assign_shards(paths, 0, epoch, reader=0, readers=4)}
-    assert seen == set(paths)
-
-
-def stream(folder: Path, index: DatasetIndex, config: DataConfig = CONFIG, **options: int) -> SampleStream:
-    transform = TrainTransform(config, index.classes)
-    return SampleStream(folder, index, "train", transform, config, **{"seed": 1, **options})
-
-
-def test_ranks_and_loaders_share_an_epoch_without_overlap(tmp_path: Path) -> None:
-    index = write_set(tmp_path, shards=4, samples=5)
-    config = DataConfig(crop_px=32, loader_workers=2, shuffle_buffer=4)
-    keys: list[str] = []
-    for rank in range(2):
-        loader = DataLoader(
-            stream(tmp_path, index, config, rank=rank, world_size=2), 5, num_workers=2, collate_fn=collate
-        )
-        keys += [key for batch in itertools.islice(loader, 2) for key in batch.key]
-    assert len(keys) == len(set(keys)) == 20
-
-
-def test_the_stream_repeats_and_shuffles(tmp_path: Path) -> None:
-    index = write_set(tmp_path)
-    first, again, other = (
-        [item.key for item in itertools.islice(stream(tmp_path, index, seed=seed), 40)] for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert first[:20] != sorted(first[:20])
-    assert sorted(first[:20]) == sorted(first[20:]) == sorted(set(first))
-
-
-def test_too_many_bad_samples_stop_the_stream(tmp_path: Path) -> None:
-    index = write_set(tmp_path, samples=10, bad=1)
-    with pytest.raises(InputError, match=r"cannot be used .*undecodable_image.*first s\d-0"):
-        list(itertools.islice(stream(tmp_path, index), 500))
-    tolerant = DataConfig(crop_px=32, loader_workers=0, max_bad_share=0.2)
-    assert len(list(itertools.islice(stream(tmp_path, index, tolerant), 500))) == 500
-
-
-def test_more_readers_than_shards_are_refused(tmp_path: Path) -> None:
-    index = write_set(tmp_path, shards=2)
-    with pytest.raises(InputError, match="2 training shards for 3 readers"):
-        stream(tmp_path, index, world_size=3)
-
-
-def test_crops_come_with_the_box_of_the_picture(tmp_path: Path) -> None:
-    index = write_set(tmp_path)
-    for item in itertools.islice(stream(tmp_path, index), 40):
-        y0, y1, x0, x1 = item.box.tolist()
-        assert item.image.shape == (3, 32, 32)
-        assert 0 <= y0 < y1 <= 32
-        assert 0 <= x0 < x1 <= 32
-        outside = torch.ones(32, 32, dtype=torch.bool)
-        outside[y0:y1, x0:x1] = False
-        if outside.any():
-            assert item.image[:, outside].abs().max() < 0.01  # padding is the mean colour
-        assert item.cls_label.tolist() == [0.0, 1.0]
-    assert np.isfinite(item.image.numpy()).all()

@@ -1,0 +1,150 @@
+"""Training samples: exact epochs for any number of workers, the same samples again, bad ones counted in their place."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_sets import write_set
+from torch.utils.data import DataLoader
+
+from afa_core.config import DataConfig
+from afa_core.data.order import SampleOrder, micro_batches
+from afa_core.data.sample import BadSample
+from afa_core.data.shard_reader import ShardReader
+from afa_core.data.shards import DatasetIndex, iterate_shard, shard_paths
+from afa_core.data.train_samples import TrainSamples, WorkerBatches, collate
+from afa_core.data.transforms import TrainItem, TrainTransform
+
+CONFIG = DataConfig(crop_px=32)
+SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.integers(1, 40), st.integers(1, 9), st.integers(0, 3))
+def test_every_epoch_has_every_sample_once(sizes: list[int], global_batch: int, block: int, seed: int) -> None:
+    order = SampleOrder(sizes, seed=seed, global_batch=global_batch, block=block)
+    everything = {(shard, sample) for shard, size in enumerate(sizes) for sample in range(size)}
+    for epoch in range(3):
+        numbers = range(epoch * sum(sizes), (epoch + 1) * sum(sizes))
+        assert Counter(map(order.place, numbers)) == Counter(everything)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 5), st.data())
+def test_any_number_of_workers_shares_a_step_evenly(most: int, batch_size: int, data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, most))
+    step, global_batch = data.draw(st.integers(0, 50)), most * batch_size
+    parts = [micro_batches(step, global_batch, batch_size, rank, world_size) for rank in range(world_size)]
+    numbers = [number for worker in parts for part in worker for number in part]
+    assert numbers == list(range(step * global_batch, (step + 1) * global_batch))
+    assert len({len(worker) for worker in parts}) == 1  # layers that talk to other workers count on it
+    sizes = [len(part) for worker in parts for part in worker]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    if world_size == most:
+        assert sizes == [batch_size] * most
+
+
+def test_resampled_epochs_repeat_and_leave_out() -> None:
+    order = SampleOrder([3] * 20, seed=0, global_batch=4, block=4, sampling="resampled")
+    places = Counter(map(order.place, range(60)))
+    assert places.total() == 60
+    assert max(places.values()) > 1
+    assert len(places) < 60
+
+
+def test_a_worker_reads_few_shards_at_a_time_and_a_batch_mixes_many() -> None:
+    order = SampleOrder([100] * 64, seed=0, global_batch=16, block=100)
+    plan = WorkerBatches(0, 16, 8, rank=0, world_size=2)
+    steps = [[order.place(number)[0] for part in plan.numbers(step) for number in part] for step in range(400)]
+    assert np.mean([len(set(shards)) for shards in steps]) > 7  # of 8 samples
+    for start in range(0, 300, 50):
+        window = set(itertools.chain(*steps[start : start + 50]))
+        assert len(window) <= 3 * 8  # each place in the batch: the shard that it reads and the neighbours in its block
+
+
+def samples(folder: Path, index: DatasetIndex, *, global_batch: int = 4, seed: int = 1) -> TrainSamples:
+    paths = shard_paths(folder, index, "train")
+    sizes = [shard.samples for shard in index.splits["train"].shards]
+    order = SampleOrder(sizes, seed=seed, global_batch=global_batch, block=4)
+    return TrainSamples(order, paths.__getitem__, TrainTransform(CONFIG, index.classes), index.classes, CONFIG, seed)
+
+
+def test_loading_processes_and_a_late_start_change_nothing(tmp_path: Path) -> None:
+    """The batches of steps 3 to 9 are the same from the beginning or not, with or without loading processes."""
+    index = write_set(tmp_path, shards=3, samples=5)
+    runs = []
+    for first_step, processes in ((0, 0), (3, 0), (3, 2)):
+        plan = WorkerBatches(first_step, 4, 2, rank=1, world_size=2)
+        loader = DataLoader(samples(tmp_path, index), batch_sampler=plan, num_workers=processes, collate_fn=collate)
+        runs.append(list(itertools.islice(loader, 3 - first_step, 10 - first_step)))
+    for run in runs[1:]:
+        for one, other in zip(runs[0], run, strict=True):
+            assert one.keys == other.keys
+            assert torch.equal(one.image, other.image)
+
+
+def test_augmentation_differs_from_epoch_to_epoch(tmp_path: Path) -> None:
+    index = write_set(tmp_path, shards=1, samples=1)
+    data = samples(tmp_path, index, global_batch=1)
+    crops = [data[number] for number in range(3)]
+    assert len({item.key for item in crops if isinstance(item, TrainItem)}) == 1
+    assert not torch.equal(crops[0].box, crops[1].box) or not torch.equal(crops[1].box, crops[2].box)
+
+
+def test_bad_samples_keep_their_place_and_say_why(tmp_path: Path) -> None:
+    index = write_set(tmp_path, shards=2, samples=4, bad=1)
+    batches = [collate([samples(tmp_path, index)[number] for number in range(start, start + 4)]) for start in (0, 4)]
+    assert sum(len(batch.keys) for batch in batches) == 6
+    skipped = [(skip.key, skip.reason) for batch in batches for skip in batch.skipped]
+    assert sorted(skipped) == [("s0-0", "undecodable_image"), ("s1-0", "undecodable_image")]
+    nothing = collate([samples(tmp_path, write_set(tmp_path, shards=1, samples=1, bad=1))[0]])
+    assert nothing.keys == ()
+
+
+def test_a_damaged_shard_costs_only_what_lies_behind_the_damage(tmp_path: Path) -> None:
+    index = write_set(tmp_path, shards=1, samples=6)
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    data = samples(tmp_path, index)
+    good = [item for item in map(data.__getitem__, range(6)) if isinstance(item, TrainItem)]
+    assert 0 < len(good) < 6
+    path.unlink()
+    assert collate([samples(tmp_path, index)[0]]).skipped[0].reason == "bad_shard"
+
+
+def test_random_access_reads_what_reading_in_order_does(tmp_path: Path) -> None:
+    write_set(tmp_path, shards=1, samples=5)
+    path = tmp_path / "train-000000.tar"
+    reader = ShardReader(path)
+    in_order = [{key: value for key, value in raw.items() if key != "__url__"} for raw in iterate_shard(path)]
+    for number in (4, 0, 2, 1, 3):
+        raw = reader.read(number)
+        raw.pop("__url__", None)
+        assert raw == in_order[number]
+    with pytest.raises(BadSample, match="no sample 5"):
+        reader.read(5)
+
+
+def test_crops_come_with_the_box_of_the_picture(tmp_path: Path) -> None:
+    index = write_set(tmp_path)
+    data = samples(tmp_path, index)
+    for number in range(40):
+        item = data[number]
+        assert isinstance(item, TrainItem)
+        y0, y1, x0, x1 = item.box.tolist()
+        assert item.image.shape == (3, 32, 32)
+        assert 0 <= y0 < y1 <= 32
+        assert 0 <= x0 < x1 <= 32
+        outside = torch.ones(32, 32, dtype=torch.bool)
+        outside[y0:y1, x0:x1] = False
+        if outside.any():
+            assert item.image[:, outside].abs().max() < 0.01  # padding is the mean colour
+        assert item.cls_label.tolist() == [0.0, 1.0]
