@@ -130,7 +130,6 @@ class Worker:
             self._train_step(parts)
             self.step += 1
             if self.step % train.eval_every == 0 or self.step == total:
-                self._log_history()
                 self._save(self._evaluate())
                 self.progress.pause()
             elif self.step % train.checkpoint_every == 0:
@@ -166,7 +165,6 @@ class Worker:
         try:
             check_finite(terms, self.step)
         except NonFiniteLossError:
-            self._log_history()
             self._save({})  # the weights of before this step
             self.checkpoints.wait()
             raise
@@ -260,6 +258,7 @@ class Worker:
     def _save(self, scores: dict[str, float]) -> None:
         """Save the state of before the next step; rank 0 has all there is to save."""
         experiment = self.experiment
+        self._log_history()  # who goes on from here will not do these steps again
         if self.rank == 0:
             folder = Path(tempfile.mkdtemp(prefix="afa-checkpoint-"))
             save_bundle(

@@ -29,6 +29,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.forbidden: set[str] = set()
+        self.closed_until = 0.0  # by the monotonic clock; before that every request is answered 503
         self.lock = threading.Lock()
 
     @property
@@ -38,6 +39,8 @@ class FaultProxy(ThreadingHTTPServer):
     def next_fault(self) -> str | None:
         with self.lock:
             fault = self.random.choice(FAULTS) if self.random.random() < self.share else None
+            if time.monotonic() < self.closed_until:
+                fault = "503"
             self.counts[fault or "passed"] += 1
         return fault
 
