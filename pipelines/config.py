@@ -40,6 +40,8 @@ class TrainConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     workers: Count = 1
+    # A GPU for each worker. None: if the cluster has that many now; one that starts nodes on demand may have none yet.
+    use_gpu: bool | None = None
     batch_size: Count = 2  # pictures a step and worker
     seed: CountOrZero = 0
     log_every: Count = 50

@@ -26,9 +26,9 @@ from afa_core.errors import InputError
 from afa_core.model import build_model
 from infra.tracking import RunLogger, open_run, safe_uri, tracking_uri
 from pipelines.cli import causes, stage_main
-from pipelines.config import ExperimentConfig, experiment_to_values, load_experiment
+from pipelines.config import ExperimentConfig, TrainConfig, experiment_to_values, load_experiment
 from pipelines.errors import UsageError
-from pipelines.local_ray import start_ray
+from pipelines.local_ray import processor_share, start_ray
 from pipelines.training import WorkerSettings, train_worker
 
 RUN_FILE = "afa_run.json"
@@ -43,11 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
     parser.add_argument("--run-name", help="default: the experiment's name and the time")
     parser.add_argument("--resume", metavar="RUN_NAME", help="go on with a run that was interrupted")
+    parser.add_argument("--resume-existing", action="store_true",
+                        help="go on with --run-name if it is there: for commands that are repeated by a machine")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; prints the run's id and scores."""
     experiment = load_experiment(arguments.config, arguments.overrides)
+    if arguments.resume_existing and not arguments.run_name:
+        raise UsageError("--resume-existing goes with --run-name NAME")
     dataset = arguments.dataset.absolute()
     index = load_dataset_index(dataset)
     check_inputs(index, experiment)
@@ -55,14 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
     start_ray()
     storage = arguments.storage.absolute()
     name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    logger = attach_or_open(storage / name, experiment, index, dataset, resume=arguments.resume is not None)
+    resume = arguments.resume is not None or (arguments.resume_existing and (storage / name / RUN_FILE).is_file())
+    logger = attach_or_open(storage / name, experiment, index, dataset, resume=resume)
     print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=asdict(
             WorkerSettings(experiment_to_values(experiment), str(dataset), logger.uri, logger.run_id)
         ),
-        scaling_config=scaling(experiment.train.workers),
+        scaling_config=scaling(experiment.train),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
@@ -91,19 +96,25 @@ def check_inputs(index: DatasetIndex, experiment: ExperimentConfig) -> None:
     build_model(experiment.model, len(index.classes))  # a wrong name or checkpoint shows here, not in every worker
 
 
-def scaling(workers: int) -> ScalingConfig:
-    """GPUs where the cluster has enough of them, else its processors shared out evenly.
+def scaling(train: TrainConfig) -> ScalingConfig:
+    """GPUs where the cluster has enough of them or ``train.use_gpu`` says so, else processors shared out evenly.
 
     Raises:
         UsageError: more workers than processors.
     """
-    resources = ray.cluster_resources()
-    if resources.get("GPU", 0) >= workers:
+    workers = train.workers
+    use_gpu = train.use_gpu
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    if use_gpu:
         return ScalingConfig(num_workers=workers, use_gpu=True)
-    processors = int(resources.get("CPU", 0))
-    if processors < workers:
-        raise UsageError(f"train.workers={workers}, but the cluster has {processors} processors")
-    return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": processors // workers})
+    share = processor_share(workers)
+    if not share:
+        raise UsageError(
+            f"train.workers={workers}, but the cluster has {int(ray.cluster_resources().get('CPU', 0))} processors; "
+            "where it starts nodes with GPUs on demand, set train.use_gpu=true"
+        )
+    return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": share})
 
 
 def attach_or_open(

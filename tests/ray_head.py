@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from servers.s3 import free_port
 
 # What must be found in no file afterwards.
@@ -112,15 +112,15 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
     ]  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
     with (home / "ray-start.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
     try:
         _wait_for(url, process, home / "ray-start.log")
         yield RayHead(url, temp, {**environment, "RAY_ADDRESS": url})
     finally:
         # Asked to stop, a node waits half a minute for its work. There is none.
-        for part in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
-                part.kill()
+        for pid in _session_members(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
@@ -139,3 +139,10 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             pass
         time.sleep(0.3)
     raise TimeoutError(log.read_text())
+
+
+def _session_members(leader: int) -> list[int]:
+    """Processes that a session leader started, and itself."""
+    table = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
+    return [pid for pid, session in pairs if session == leader]
