@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-name", help="default: the experiment's name and the time")
     parser.add_argument("--resume", metavar="RUN_NAME", help="go on with a run that was interrupted")
     parser.add_argument("--resume-existing", action="store_true",
-                        help="go on with --run-name if it is there: for commands that are repeated by a machine")  # fmt: skip
+                        help="go on with --run-name if it is there (for machines that repeat a command)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
