@@ -112,7 +112,7 @@ def scaling(train: TrainConfig) -> ScalingConfig:
     if not share:
         raise UsageError(
             f"train.workers={workers}, but the cluster has {int(ray.cluster_resources().get('CPU', 0))} processors; "
-            "where it starts nodes with GPUs on demand, set train.use_gpu=true"
+            "wait for its nodes, or set train.use_gpu=true where it starts nodes with GPUs on demand"
         )
     return ScalingConfig(num_workers=workers, resources_per_worker={"CPU": share})
 

@@ -29,6 +29,19 @@ def test_a_training_job_runs_on_the_cluster_that_is_there(cluster: Cluster) -> N
     assert any("MLflow run" in log.read_text() for log in (sessions[0] / "logs").glob("job-driver-*.log"))
 
 
+def test_a_repeated_command_goes_on_with_its_run(cluster: Cluster) -> None:
+    """What a RayJob's backoffLimit does: first there is no run of the name, then there is one."""
+    runs = cluster.folder / "runs"
+    words = [*TRAIN, cluster.shards, *SHORT, "--storage", runs, "--run-name", "again", "--resume-existing"]
+    for _ in range(2):
+        answer = cluster.head.submit(*words)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    run_id = json.loads((runs / "again" / "afa_run.json").read_text())["run_id"]
+    run = MlflowClient(cluster.tracking_uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert len(MlflowClient(cluster.tracking_uri).get_metric_history(run_id, "loss.cls")) == 6
+
+
 def test_only_the_code_travels(cluster: Cluster) -> None:
     answer = cluster.head.submit("true")
     assert answer.returncode == 0, answer.stderr
@@ -61,6 +74,12 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, environment: d
     assert answer.returncode != 0
     assert said in answer.stderr
     assert not (cluster.folder / "was-here").exists()
+
+
+def test_what_kubernetes_probes_answers_without_the_token(cluster: Cluster) -> None:
+    for path in ("/api/gcs_healthz", "/api/local_raylet_healthz"):
+        with urllib.request.urlopen(cluster.head.url + path, timeout=10) as answer:
+            assert b"success" in answer.read()
 
 
 @pytest.mark.parametrize("path", ["/api/jobs/", "/api/cluster_status", "/nodes?view=summary", "/api/v0/logs"])
