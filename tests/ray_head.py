@@ -39,11 +39,15 @@ class RayHead:
 
     Attributes:
         url: of the dashboard and job API.
+        agent_url: of the node's agent.
+        client_url: of the Ray Client server.
         temp: Ray's folder: sessions, logs.
         environment: of a user who holds the token.
     """
 
     url: str
+    agent_url: str
+    client_url: str
     temp: Path
     environment: dict[str, str]
 
@@ -99,15 +103,16 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
     # Sockets lie below Ray's folder, and their paths must be short.
     temp = Path(tempfile.mkdtemp(prefix="afa-ray-"))
     environment = {**plain_environment(home), "RAY_AUTH_MODE": "token", **extra}
-    dashboard = free_port()
+    dashboard, agent, client = free_port(), free_port(), free_port()
     ports = [
         f"--{name}={free_port()}"
-        for name in ("port", "metrics-export-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+        for name in ("port", "metrics-export-port", "dashboard-agent-grpc-port",
                      "runtime-env-agent-port", "node-manager-port", "object-manager-port")
     ]  # fmt: skip
     command = [
         BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", *ports,
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={temp}", "--object-store-memory=200000000",
     ]  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
@@ -115,7 +120,8 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
     try:
         _wait_for(url, process, home / "ray-start.log")
-        yield RayHead(url, temp, {**environment, "RAY_ADDRESS": url})
+        addresses = (url, f"http://127.0.0.1:{agent}", f"ray://127.0.0.1:{client}")
+        yield RayHead(*addresses, temp, {**environment, "RAY_ADDRESS": url})
     finally:
         # Asked to stop, a node waits half a minute for its work. There is none.
         for pid in _session_members(process.pid):

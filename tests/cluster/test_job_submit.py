@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 
 import pytest
 from mlflow import MlflowClient
-from ray_head import SHORT, Cluster
+from ray_head import SHORT, TOKEN, Cluster
 
 TRAIN = ["python", "-m", "pipelines.train"]
 
 
 def test_a_training_job_runs_on_the_cluster_that_is_there(cluster: Cluster) -> None:
     runs = cluster.folder / "runs"
-    answer = cluster.head.submit(*TRAIN, cluster.shards, *SHORT, "--storage", runs, "--run-name", "job")
+    words = [*TRAIN, cluster.shards, *SHORT, "--storage", runs, "--run-name", "job", "--resume-existing"]
+    answer = cluster.head.submit(*words)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "succeeded" in answer.stdout
     run_id = json.loads((runs / "job" / "afa_run.json").read_text())["run_id"]
@@ -29,17 +32,18 @@ def test_a_training_job_runs_on_the_cluster_that_is_there(cluster: Cluster) -> N
     assert any("MLflow run" in log.read_text() for log in (sessions[0] / "logs").glob("job-driver-*.log"))
 
 
-def test_a_repeated_command_goes_on_with_its_run(cluster: Cluster) -> None:
-    """What a RayJob's backoffLimit does: first there is no run of the name, then there is one."""
+def test_the_same_command_again_goes_on_with_its_run(cluster: Cluster) -> None:
+    """What a RayJob's backoffLimit does. Here the run of the test above is finished, so nothing is left to do."""
     runs = cluster.folder / "runs"
-    words = [*TRAIN, cluster.shards, *SHORT, "--storage", runs, "--run-name", "again", "--resume-existing"]
-    for _ in range(2):
-        answer = cluster.head.submit(*words)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-    run_id = json.loads((runs / "again" / "afa_run.json").read_text())["run_id"]
-    run = MlflowClient(cluster.tracking_uri).get_run(run_id)
-    assert run.info.status == "FINISHED"
-    assert len(MlflowClient(cluster.tracking_uri).get_metric_history(run_id, "loss.cls")) == 6
+    again = [*TRAIN, cluster.shards, *SHORT, "--storage", runs, "--run-name", "job"]
+    refused = cluster.head.submit(*again)
+    assert "there is a run at" in refused.stdout
+    answer = cluster.head.submit(*again, "--resume-existing")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    run_id = json.loads((runs / "job" / "afa_run.json").read_text())["run_id"]
+    client = MlflowClient(cluster.tracking_uri)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run_id, "loss.cls")] == [0, 1, 2, 3, 4, 5]
 
 
 def test_only_the_code_travels(cluster: Cluster) -> None:
@@ -76,9 +80,23 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, environment: d
     assert not (cluster.folder / "was-here").exists()
 
 
+def test_ray_client_wants_the_token_too(cluster: Cluster) -> None:
+    """Its port cannot be switched off on the command line."""
+    address = cluster.head.client_url.removeprefix("ray://")
+    code = f"import ray.util; ray.util.connect({address!r}, connection_retries=1); print('nodes', len(ray.nodes()))"
+    for token, said in ((TOKEN, "nodes 1"), ("not-the-token-of-this-cluster", "")):
+        answer = subprocess.run(
+            [sys.executable, "-c", code], env={**cluster.head.environment, "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": ""},
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert (answer.returncode == 0) == bool(said), answer.stderr
+        assert said in answer.stdout
+
+
 def test_what_kubernetes_probes_answers_without_the_token(cluster: Cluster) -> None:
-    for path in ("/api/gcs_healthz", "/api/local_raylet_healthz"):
-        with urllib.request.urlopen(cluster.head.url + path, timeout=10) as answer:
+    head, agent = cluster.head.url, cluster.head.agent_url  # ports 8265 and 52365 of a pod
+    for url in (f"{head}/api/gcs_healthz", f"{agent}/api/local_raylet_healthz"):
+        with urllib.request.urlopen(url, timeout=10) as answer:
             assert b"success" in answer.read()
 
 

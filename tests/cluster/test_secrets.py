@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,12 @@ from servers.s3 import SECRET_KEY
 
 from infra.object_store import list_objects, read_object
 
-SECRETS = {"token": TOKEN.encode(), "MLflow password": MLFLOW_PASSWORD.encode(), "S3 key": SECRET_KEY.encode()}
+SECRETS = {
+    "token": TOKEN.encode(),
+    "MLflow password": MLFLOW_PASSWORD.encode(),
+    "MLflow password, as HTTP sends it": base64.b64encode(f"afa:{MLFLOW_PASSWORD}".encode()),
+    "S3 key": SECRET_KEY.encode(),
+}
 
 
 def files_below(*folders: Path) -> Iterator[tuple[str, bytes]]:
