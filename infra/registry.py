@@ -81,7 +81,10 @@ def register(
             )
         client = MlflowClient(uri)
         _ensure_name(client, name)
-        version = client.create_model_version(name, logged.model_uri, run_id=run_id, tags=dict(tags))
+        # A server refuses a logged model's address without its id; a database takes it.
+        version = client.create_model_version(
+            name, logged.model_uri, run_id=run_id, tags=dict(tags), model_id=logged.model_id
+        )
     except TrackingFailure as error:
         raise ServiceError(f"MLflow at {safe_uri(uri)} cannot register {name!r}: {safe_uri(str(error))}") from error
     finally:

@@ -23,6 +23,9 @@ from mlflow.exceptions import MlflowException
 
 from infra.errors import ServiceError
 
+# At a run's end MLflow prints its address, with the user name and password that the tracking URI may hold.
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+
 # mlflow reports unreachable servers as MlflowException, databases and disks through their own errors.
 TrackingFailure = (MlflowException, OSError)
 MAX_PARAM_CHARACTERS = 6000

@@ -43,9 +43,9 @@ class TrainConfig:
     # The global batch and with them the learning rate stay: fewer workers accumulate gradients.
     workers: Count = 1
     min_workers: Count | None = None
+    # A GPU for each worker. None: if the cluster has that many now; one that starts nodes on demand may have none yet.
+    use_gpu: bool | None = None
     batch_size: Count = 2  # pictures a step and worker
-    # auto: GPUs if the cluster has enough of them now; gpu: wait for an autoscaler to bring them.
-    device: Literal["auto", "gpu", "cpu"] = "auto"
     # Times that lost workers are started anew before the run fails.
     max_failures: CountOrZero = 3
     seed: CountOrZero = 0

@@ -25,3 +25,13 @@ def start_ray(*, show_workers: bool = True) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print lines of their own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def processor_share(workers: int) -> int:
+    """Processors for each of so many workers: the largest number of which the nodes hold enough; 0 if they do not.
+
+    A worker lies on one node, so it may be less than all processors divided by the workers.
+    """
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    shares = range(max(nodes, default=0), 0, -1)
+    return next((share for share in shares if sum(node // share for node in nodes) >= workers), 0)

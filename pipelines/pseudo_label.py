@@ -33,7 +33,7 @@ from pipelines.label_plan import add_generations, check_output, open_run
 from pipelines.label_set import Counts, committed_names, count_rows, remove_leftovers, run_uri
 from pipelines.label_sources import absolute_source, check_source
 from pipelines.labeller import LabelJob, Labeller, UnitResult, result_from_json
-from pipelines.local_ray import start_ray
+from pipelines.local_ray import processor_share, start_ray
 from pipelines.model_files import find_model
 
 # Every block costs the driver 10 ms and 10 KiB. With more units than this, a block is several of them in a row.
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=["quarantined"], help="try the quarantined inputs again")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and an estimate from a minute's sample")
     parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per processor)")
+    parser.add_argument("--use-gpu", action="store_true", help="wait for GPUs that the cluster has not started yet")
     parser.add_argument("--unit-size", type=int, default=64, help="most pictures in a work unit (default: 64)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures decoded at a time (default: 8)")
     parser.add_argument("--tracking-uri", help="MLflow server (default: MLFLOW_TRACKING_URI, then runs/mlflow.db)")
@@ -90,7 +91,7 @@ def label(arguments: argparse.Namespace, job: LabelJob, source: str, output: str
         if len(waiting) < len(units):
             print(f"{len(units) - len(waiting)} of {len(units)} units are done already", flush=True)
         started = time.monotonic()
-        results = label_units(waiting, job, arguments.workers)
+        results = label_units(waiting, job, arguments.workers, use_gpu=arguments.use_gpu)
         seconds = time.monotonic() - started
         remove_leftovers(job.run)
     print(summary(count_rows(job.run), results, seconds, job.run))
@@ -137,7 +138,7 @@ def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, outpu
     )
 
 
-def label_units(units: list[Unit], job: LabelJob, workers: int | None) -> list[UnitResult]:
+def label_units(units: list[Unit], job: LabelJob, workers: int | None, *, use_gpu: bool = False) -> list[UnitResult]:
     """Label units, with a bar that shows images/s, what is left and how many were quarantined."""
     results: list[UnitResult] = []
     if not units:
@@ -146,7 +147,7 @@ def label_units(units: list[Unit], job: LabelJob, workers: int | None) -> list[U
     interval_s = 0.5 if sys.stderr.isatty() else 10.0
     quarantined = 0
     with tqdm(total=sum(unit.inputs for unit in units), unit="image", mininterval=interval_s) as bar:
-        for result in run_units(units, job, workers):
+        for result in run_units(units, job, workers, use_gpu=use_gpu):
             results.append(result)
             quarantined += result.counts.quarantined
             bar.set_postfix(quarantined=quarantined, refresh=False)
@@ -154,24 +155,28 @@ def label_units(units: list[Unit], job: LabelJob, workers: int | None) -> list[U
     return results
 
 
-def run_units(units: list[Unit], job: LabelJob, workers: int | None) -> Iterator[UnitResult]:
+def run_units(units: list[Unit], job: LabelJob, workers: int | None, *, use_gpu: bool = False) -> Iterator[UnitResult]:
     """Label units on a pool of actors, yielding what became of each when it is committed.
 
     Raises:
         ServiceError: a worker cannot read or write its store.
+        UsageError: there is nothing to label on, and nothing says how many to wait for.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    processors = int(ray.cluster_resources().get("CPU", 1))
-    workers = workers or gpus or processors
+    processors = int(ray.cluster_resources().get("CPU", 0))
+    use_gpu = use_gpu or gpus > 0
+    workers = workers or (gpus if use_gpu else processors)
+    if not workers:
+        raise UsageError("the cluster has nothing to label on yet: give --workers N, and --use-gpu to wait for GPUs")
     rows = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in units]
     results = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
         Labeller,
         fn_constructor_args=(job,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
-        num_gpus=1 if gpus else 0,
+        num_gpus=1 if use_gpu else 0,
         # Not shared out among fewer workers when few units are left: threads change the last digits of a label.
-        num_cpus=0 if gpus else max(1, processors // workers),
+        num_cpus=0 if use_gpu else max(1, processor_share(workers)),
     )
     for row in results.iter_rows():
         result = result_from_json(row["result"])

@@ -34,7 +34,7 @@ from pipelines.config import ExperimentConfig, TrainConfig, experiment_to_values
 from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
 from pipelines.label_sources import absolute_source
-from pipelines.local_ray import start_ray
+from pipelines.local_ray import processor_share, start_ray
 from pipelines.shard_store import load_shard_set, verify_shard_set
 from pipelines.training import WorkerSettings, train_worker
 
@@ -51,11 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storage", default="runs", help="folder or s3:// prefix where runs are kept (default: runs)")
     parser.add_argument("--run-name", help="default: the experiment's name and the time")
     parser.add_argument("--resume", metavar="RUN_NAME", help="go on with a run that was interrupted")
+    parser.add_argument("--resume-existing", action="store_true",
+                        help="go on with --run-name if it is there (for machines that repeat a command)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; prints the run's id and scores."""
     experiment = load_experiment(arguments.config, arguments.overrides)
+    if arguments.resume_existing and not arguments.run_name:
+        raise UsageError("--resume-existing goes with --run-name NAME")
     dataset, storage = absolute_source(arguments.dataset), absolute_source(arguments.storage)
     index = load_shard_set(dataset)
     check_inputs(index, experiment)
@@ -64,9 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     workers = scaling(experiment.train)
     name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     run_uri = join(storage, name)
-    check_name(run_uri, resume=arguments.resume is not None)
+    resume = check_name(run_uri, must=arguments.resume is not None, may=arguments.resume_existing)
     with DriverLease(run_uri):
-        logger = attach_or_open(run_uri, experiment, index, dataset, resume=arguments.resume is not None)
+        logger = attach_or_open(run_uri, experiment, index, dataset, resume=resume)
         print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
         settings = WorkerSettings(
             experiment_to_values(experiment), dataset, join(run_uri, CHECKPOINTS), logger.uri, logger.run_id
@@ -89,34 +93,40 @@ def check_inputs(index: DatasetIndex, experiment: ExperimentConfig) -> None:
 
 
 def scaling(train: TrainConfig) -> ScalingConfig:
-    """GPUs where the cluster has enough of them, else its processors shared out evenly.
+    """GPUs where the cluster has enough of them or ``train.use_gpu`` says so, else processors shared out evenly.
 
     Raises:
         UsageError: more workers than processors.
     """
     least = train.min_workers or train.workers
     number: Any = train.workers if least == train.workers else (least, train.workers)  # stubs know no pair
-    resources = ray.cluster_resources()
-    if train.device == "gpu" or (train.device == "auto" and resources.get("GPU", 0) >= least):
+    use_gpu = train.use_gpu
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    if use_gpu:
         return ScalingConfig(num_workers=number, use_gpu=True)
-    processors = int(resources.get("CPU", 0))
-    if processors < least:
-        raise UsageError(f"train.workers={train.workers}, but the cluster has {processors} processors")
-    return ScalingConfig(num_workers=number, resources_per_worker={"CPU": max(1, processors // train.workers)})
+    share = processor_share(train.workers) or processor_share(least)
+    if not share:
+        raise UsageError(
+            f"train.workers={train.workers}, but the cluster has {int(ray.cluster_resources().get('CPU', 0))} "
+            "processors; wait for its nodes, or set train.use_gpu=true where it starts nodes with GPUs on demand"
+        )
+    return ScalingConfig(num_workers=number, resources_per_worker={"CPU": share})
 
 
-def check_name(run_uri: str, *, resume: bool) -> None:
-    """See that a run that goes on is there, and a new one is not.
+def check_name(run_uri: str, *, must: bool, may: bool) -> bool:
+    """Whether to go on with a run of this name, which ``must`` or ``may`` be there.
 
     Raises:
         UsageError: saying what would be right.
     """
     storage, name = run_uri.rsplit("/", 1)
     there = find_object(join(run_uri, RUN_FILE)) is not None
-    if resume and not there:
+    if must and not there:
         raise UsageError(f"no interrupted run at {run_uri}: look for its name in {storage}")
-    if there and not resume:
+    if there and not (must or may):
         raise UsageError(f"there is a run at {run_uri} already: go on with --resume {name} or name another")
+    return there
 
 
 def attach_or_open(
