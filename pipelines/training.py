@@ -268,7 +268,8 @@ class Worker:
             state = {"step": self.step, "seen": self.seen, "skipped": self.skipped}
             save_training_state(folder / STATE, {**state, "optimizer": self.optimizer.state_dict()})
             self.checkpoints.save(self.step, folder, scores)
-        ray.train.report({"step": self.step, **scores})
+        if scores:  # what Ray's dashboard shows; all workers wait for each other in it
+            ray.train.report({"step": self.step, **scores})
 
     def _resume(self) -> None:
         """Load the run's newest checkpoint, if it has one."""

@@ -124,7 +124,7 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
         yield RayHead(*addresses, temp, {**environment, "RAY_ADDRESS": url})
     finally:
         # Asked to stop, a node waits half a minute for its work. There is none.
-        for pid in _session_members(process.pid):
+        for pid in session_members(process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -147,7 +147,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise TimeoutError(log.read_text())
 
 
-def _session_members(leader: int) -> list[int]:
+def session_members(leader: int) -> list[int]:
     """Processes that a session leader started, and itself."""
     table = subprocess.run(["ps", "-e", "-o", "pid=,sess="], capture_output=True, text=True, check=True).stdout
     pairs = [tuple(map(int, line.split())) for line in table.splitlines()]

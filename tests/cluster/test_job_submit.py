@@ -24,8 +24,8 @@ def test_a_training_job_runs_on_the_cluster_that_is_there(cluster: Cluster) -> N
     run_id = json.loads((runs / "job" / "afa_run.json").read_text())["run_id"]
     run = MlflowClient(cluster.tracking_uri).get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.tags["afa.best_checkpoint"].startswith(str(runs / "job" / "checkpoint_"))
-    assert list((runs / "job").glob("checkpoint_*/model.safetensors"))
+    assert run.data.tags["afa.best_checkpoint"].startswith(str(runs / "job" / "checkpoints" / "step-"))
+    assert list((runs / "job").glob("checkpoints/step-*/model.safetensors"))
     # It ran there and nowhere else: one Ray session in the cluster's folder, with the job's log in it.
     sessions = [path for path in cluster.head.temp.glob("session_2*") if path.is_dir()]
     assert len(sessions) == 1

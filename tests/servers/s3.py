@@ -24,15 +24,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """Endpoint of a server that keeps its objects below ``folder``."""
+def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
+    """Endpoint of a server that keeps its objects below ``folder`` and listens on an address of this machine."""
     program = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, "juicefs is not installed: it comes with the dev extra"
+    folder.mkdir(exist_ok=True)
     meta = f"sqlite3://{folder}/meta.db"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([program, "format", meta, "tests", "--storage", "file", "--bucket", f"{folder}/data/"],
                    check=True, **quiet)  # type: ignore[call-overload]  # fmt: skip
-    address = f"127.0.0.1:{free_port()}"
+    address = f"{host}:{free_port()}"
     environment = {**os.environ, "MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
     command = [program, "gateway", meta, address, "--multi-buckets", "--no-usage-report",
                "--cache-dir", f"{folder}/cache", "--cache-size", "64"]  # fmt: skip

@@ -1,0 +1,114 @@
+"""Training and labelling over two hosts with addresses of their own, fed from S3; one is cut off and returns."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from commands import afa_command
+from hosts import BRIDGE_ADDRESS, Hosts, two_hosts
+from labelling import picture
+from mlflow import MlflowClient
+from ray_head import plain_environment
+from servers.s3 import ACCESS_KEY, SECRET_KEY, s3_server
+
+from infra import object_store
+from infra.object_store import list_objects, write_object
+from pipelines import build_shards
+from pipelines.cli import stage_main
+
+VALUES = [
+    "optim.warmup_steps=0", "loss.classification_steps=8", "loss.affinity_label_step=16",
+    "data.crop_px=64", "data.loader_workers=0", "train.batch_size=2", "train.min_workers=1", "train.eval_samples=4",
+    "train.checkpoint_every=4", "train.log_every=4", "par.dilations=[1,2]", "par.iterations=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    """Two hosts, an S3 server that both reach, shards and pictures in it, a tracking database."""
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}
+    environment = {
+        **plain_environment(tmp_path), **keys, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "RAY_AUTH_TOKEN": "token-of-two-hosts", "AFA_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+    with two_hosts(tmp_path, environment) as made, s3_server(tmp_path / "s3", BRIDGE_ADDRESS) as endpoint:
+        for name, value in {**keys, "AWS_ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(name, value)
+        made.environment["AWS_ENDPOINT_URL"] = endpoint
+        object_store._client.cache_clear()  # other tests had another server
+        boto3.client("s3").create_bucket(Bucket="two")
+        for host in made.hosts:
+            made.start_ray(host)
+        made.wait_for_nodes(2)
+        yield made
+    object_store._client.cache_clear()
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 150) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def objects(prefix: str, suffix: str) -> list[str]:
+    return [found.uri for found in list_objects(prefix) if found.uri.endswith(suffix)]
+
+
+def lose_and_return(hosts: Hosts) -> None:
+    """Cut the second host off until the first has noticed, then bring it back as a new node."""
+    second = hosts.hosts[1]
+    second.cut_off()
+    hosts.wait_for_nodes(1)
+    second.kill_all()
+    second.bring_back()
+    hosts.start_ray(second)
+    hosts.wait_for_nodes(2)
+
+
+def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, tmp_path: Path) -> None:
+    shards, log = tmp_path / "shards", tmp_path / "train.log"
+    sizes = ["--train", "30", "--val", "4", "--size-px", "64", "--samples-per-shard", "7"]
+    assert stage_main(build_shards.add_arguments, build_shards.run, ["shapes", str(shards), *sizes]) == 0
+    for path in shards.iterdir():
+        write_object(f"s3://two/shards/{path.name}", path.read_bytes())
+    settings = [
+        word for value in (*VALUES, "optim.total_steps=400", "train.eval_every=400") for word in ("--set", value)
+    ]
+    command = afa_command("train", "s3://two/shards", "--config", "shapes_cpu", "--storage", "s3://two/runs",
+                          "--run-name", "elastic", *settings)  # fmt: skip
+    process = hosts.hosts[0].start(command, hosts.environment, log)
+    wait_until(lambda: bool(objects("s3://two/runs/elastic/checkpoints", ".json")), process, log)
+    lose_and_return(hosts)
+    assert process.wait(300) == 0, log.read_text()[-4000:]
+    printed = log.read_text()
+    assert "goes on from step" in printed
+    assert "best checkpoint s3://two/runs/elastic/checkpoints/step-00000400" in printed
+    client = MlflowClient(hosts.environment["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs([client.get_experiment_by_name("afa").experiment_id])
+    assert run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "loss.cls")
+    assert [point.step for point in points] == list(range(400))
+    print(printed)
+
+
+def test_labelling_loses_a_host_and_nothing_else(hosts: Hosts, bundle: Path, tmp_path: Path) -> None:
+    for index in range(300):
+        write_object(f"s3://two/pictures/{index:03d}.png", picture(index, 128))
+    log = tmp_path / "label.log"
+    command = afa_command("label", "--model", bundle, "--input", "s3://two/pictures", "--output", "s3://two/labels",
+                          "--unit-size", 4, "--workers", 2)  # fmt: skip
+    process = hosts.hosts[0].start(command, hosts.environment, log)
+    wait_until(lambda: len(objects("s3://two/labels", ".done.json")) >= 4, process, log)
+    lose_and_return(hosts)
+    assert process.wait(300) == 0, log.read_text()[-4000:]
+    assert "images 300  labels 300  quarantined 0" in log.read_text()
+    verify = afa_command("verify-labels", "s3://two/labels")
+    answer = subprocess.run(verify, env=hosts.environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr

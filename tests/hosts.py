@@ -1,0 +1,155 @@
+"""Several hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
+
+They share the file system and the processors, not the network: a host whose link is down is gone for all others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from ray_head import BIN, ROOT, session_members
+
+BRIDGE = "afa-br0"
+BRIDGE_ADDRESS = "10.77.0.254"
+PORT = 6399
+# A host that is cut off is declared dead within seconds, not within a minute.
+IMPATIENT = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
+
+
+class Host:
+    """A namespace with one link, ``eth0`` inside, and the processes that were started in it."""
+
+    def __init__(self, number: int) -> None:
+        self.name, self.address, self.link = f"afa-h{number}", f"10.77.0.{number}", f"afa-v{number}"
+        self.sessions: list[subprocess.Popen[bytes]] = []
+        ip("netns", "add", self.name)
+        ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        ip("link", "set", self.link, "master", BRIDGE, "up")
+        for words in (["addr", "add", f"{self.address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
+                      ["link", "set", "lo", "up"]):  # fmt: skip
+            ip("-n", self.name, *words)
+
+    def cut_off(self) -> None:
+        """Pull the cable."""
+        ip("link", "set", self.link, "down")
+
+    def bring_back(self) -> None:
+        """Plug it in."""
+        ip("link", "set", self.link, "up")
+
+    def start(self, words: Sequence[object], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+        """A process on this host."""
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *map(str, words)],
+                env=dict(environment), stdout=stream, stderr=stream, cwd=ROOT, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
+        self.sessions.append(process)
+        return process
+
+    def kill_all(self) -> None:
+        """Power off."""
+        for process in self.sessions:
+            for pid in session_members(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+        self.sessions.clear()
+
+
+class Hosts:
+    """A Ray cluster over hosts: the first has the head, and every one a processor."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        # Sockets lie below Ray's folder, and their paths must be short.
+        self.temp = tempfile.mkdtemp(prefix="afa-ray-")
+        self.environment = {
+            **environment, **IMPATIENT, "GLOO_SOCKET_IFNAME": "eth0", "RAY_AUTH_MODE": "token",
+            "RAY_ADDRESS": f"10.77.0.1:{PORT}", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        self.hosts = [Host(number) for number in (1, 2)]
+
+    def start_ray(self, host: Host) -> subprocess.Popen[bytes]:
+        """The host's part in the cluster."""
+        head = ["--head", f"--port={PORT}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.temp}"]
+        role = head if host is self.hosts[0] else [f"--address=10.77.0.1:{PORT}"]
+        environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
+        return host.start(
+            [BIN / "ray", "start", *role, f"--node-ip-address={host.address}", "--num-cpus=1", "--block",
+             "--object-store-memory=150000000"],
+            environment, self.folder / f"{host.name}.log",
+        )  # fmt: skip
+
+    def wait_for_nodes(self, number: int, timeout_s: float = 90) -> None:
+        """Until so many are alive."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            answer = subprocess.run(
+                ["ip", "netns", "exec", "afa-h1", BIN / "python", "-c", COUNT_NODES, f"10.77.0.1:{PORT}"],
+                env=self.environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if answer.stdout.strip() == str(number):
+                return
+            time.sleep(1)
+        logs = "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
+        raise TimeoutError(f"not {number} nodes: {answer.stdout} {answer.stderr[-500:]} {logs}")
+
+
+COUNT_NODES = """
+import sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
+print(sum(node.state == 0 for node in nodes.values()))
+"""
+
+
+@contextmanager
+def two_hosts(folder: Path, environment: Mapping[str, str]) -> Iterator[Hosts]:
+    """Two hosts, without Ray yet.
+
+    Args:
+        folder: for logs.
+        environment: of every process on them.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("not root: no network namespaces")
+    remove_hosts()
+    made = ip("link", "add", BRIDGE, "type", "bridge", check=False)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    ip("addr", "add", f"{BRIDGE_ADDRESS}/24", "dev", BRIDGE)
+    ip("link", "set", BRIDGE, "up")
+    hosts = Hosts(folder, environment)
+    try:
+        yield hosts
+    finally:
+        for host in hosts.hosts:
+            host.kill_all()
+        remove_hosts()
+        subprocess.run(["rm", "-rf", hosts.temp], check=False)
+
+
+def remove_hosts() -> None:
+    """What a run that was killed has left behind, too."""
+    for name in ("afa-h1", "afa-h2"):
+        ip("netns", "del", name, check=False)
+    ip("link", "del", BRIDGE, check=False)
