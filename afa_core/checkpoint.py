@@ -1,7 +1,7 @@
 """What a trained network is on disk.
 
 A *bundle* is a folder that is enough to label with: ``model.safetensors`` and ``config.json`` (class list, model,
-CAM, PAR and labelling configuration). Training state (optimiser, random states) lies in a file of its own beside it.
+CAM, PAR and labelling configuration). Training state (optimiser, step) lies in a file of its own beside it.
 Nothing that is read here can execute code.
 
 Import of published checkpoints: ``afa_core.published``.
@@ -12,13 +12,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -122,30 +120,8 @@ def config_from_json(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def random_state() -> dict[str, Any]:
-    """States of the random generators of this process, in types that load without executing anything."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``random_state`` gave."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def save_training_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write optimiser state, step and random states (tensors, numbers, strings and containers only)."""
+    """Write optimiser state and step (tensors, numbers, strings and containers only)."""
     torch.save(dict(state), path)
 
 

@@ -118,6 +118,7 @@ class Worker:
     def run(self) -> None:
         """Train to the last step, evaluating and saving on the way and at the end."""
         train, total = self.experiment.train, self.experiment.optim.total_steps
+        self._say(f"{self.world_size} of {train.workers} workers, {train.global_batch} pictures a step")
         batches = step_batches(
             self.settings.dataset, self.index, self.experiment,
             first_step=self.step, rank=self.rank, world_size=self.world_size,

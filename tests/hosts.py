@@ -99,6 +99,19 @@ class Hosts:
             environment, self.folder / f"{host.name}.log",
         )  # fmt: skip
 
+    def lose_second(self) -> None:
+        """Cut the second host off until the first has noticed."""
+        self.hosts[1].cut_off()
+        self.wait_for_nodes(1)
+
+    def return_second(self) -> None:
+        """Bring it back, as a new node."""
+        second = self.hosts[1]
+        second.kill_all()
+        second.bring_back()
+        self.start_ray(second)
+        self.wait_for_nodes(2)
+
     def wait_for_nodes(self, number: int, timeout_s: float = 90) -> None:
         """Until so many are alive."""
         deadline = time.monotonic() + timeout_s

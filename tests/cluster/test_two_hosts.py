@@ -61,17 +61,6 @@ def objects(prefix: str, suffix: str) -> list[str]:
     return [found.uri for found in list_objects(prefix) if found.uri.endswith(suffix)]
 
 
-def lose_and_return(hosts: Hosts) -> None:
-    """Cut the second host off until the first has noticed, then bring it back as a new node."""
-    second = hosts.hosts[1]
-    second.cut_off()
-    hosts.wait_for_nodes(1)
-    second.kill_all()
-    second.bring_back()
-    hosts.start_ray(second)
-    hosts.wait_for_nodes(2)
-
-
 def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, tmp_path: Path) -> None:
     shards, log = tmp_path / "shards", tmp_path / "train.log"
     sizes = ["--train", "30", "--val", "4", "--size-px", "64", "--samples-per-shard", "7"]
@@ -79,22 +68,25 @@ def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, 
     for path in shards.iterdir():
         write_object(f"s3://two/shards/{path.name}", path.read_bytes())
     settings = [
-        word for value in (*VALUES, "optim.total_steps=400", "train.eval_every=400") for word in ("--set", value)
+        word for value in (*VALUES, "optim.total_steps=300", "train.eval_every=300") for word in ("--set", value)
     ]
     command = afa_command("train", "s3://two/shards", "--config", "shapes_cpu", "--storage", "s3://two/runs",
                           "--run-name", "elastic", *settings)  # fmt: skip
     process = hosts.hosts[0].start(command, hosts.environment, log)
+    wait_until(lambda: "2 of 2 workers" in log.read_text(), process, log)
     wait_until(lambda: bool(objects("s3://two/runs/elastic/checkpoints", ".json")), process, log)
-    lose_and_return(hosts)
+    hosts.lose_second()
+    wait_until(lambda: "1 of 2 workers" in log.read_text(), process, log)
+    hosts.return_second()
     assert process.wait(300) == 0, log.read_text()[-4000:]
     printed = log.read_text()
     assert "goes on from step" in printed
-    assert "best checkpoint s3://two/runs/elastic/checkpoints/step-00000400" in printed
+    assert "best checkpoint s3://two/runs/elastic/checkpoints/step-00000300" in printed
     client = MlflowClient(hosts.environment["MLFLOW_TRACKING_URI"])
     (run,) = client.search_runs([client.get_experiment_by_name("afa").experiment_id])
     assert run.info.status == "FINISHED"
     points = client.get_metric_history(run.info.run_id, "loss.cls")
-    assert [point.step for point in points] == list(range(400))
+    assert [point.step for point in points] == list(range(300))
     print(printed)
 
 
@@ -106,7 +98,8 @@ def test_labelling_loses_a_host_and_nothing_else(hosts: Hosts, bundle: Path, tmp
                           "--unit-size", 4, "--workers", 2)  # fmt: skip
     process = hosts.hosts[0].start(command, hosts.environment, log)
     wait_until(lambda: len(objects("s3://two/labels", ".done.json")) >= 4, process, log)
-    lose_and_return(hosts)
+    hosts.lose_second()
+    hosts.return_second()
     assert process.wait(300) == 0, log.read_text()[-4000:]
     assert "images 300  labels 300  quarantined 0" in log.read_text()
     verify = afa_command("verify-labels", "s3://two/labels")

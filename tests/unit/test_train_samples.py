@@ -91,6 +91,23 @@ def test_loading_processes_and_a_late_start_change_nothing(tmp_path: Path) -> No
             assert torch.equal(one.image, other.image)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=5))
+def test_epochs_stay_exact_through_kills_and_other_numbers_of_workers(lives: list[tuple[int, int, int]]) -> None:
+    """Each life of a job has some workers, does some steps, and loses the last few of them."""
+    order = SampleOrder([5, 4, 7, 1], seed=3, global_batch=4, block=3)
+    done: dict[int, list[tuple[int, int]]] = {}
+    step = 0
+    for workers, steps, lost in [*lives, (2, 9, 0)]:
+        plans = [WorkerBatches(step, 4, 1, rank, workers) for rank in range(workers)]
+        for at in range(step, step + steps):
+            done[at] = [order.place(number) for plan in plans for part in plan.numbers(at) for number in part]
+        step = max(step, step + steps - lost)
+    drawn = [place for at in range(step) for place in done[at]]
+    for epoch in range(len(drawn) // 17):
+        assert len(set(drawn[17 * epoch : 17 * (epoch + 1)])) == 17
+
+
 def test_augmentation_differs_from_epoch_to_epoch(tmp_path: Path) -> None:
     index = write_set(tmp_path, shards=1, samples=1)
     data = samples(tmp_path, index, global_batch=1)
