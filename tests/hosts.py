@@ -26,6 +26,8 @@ IMPATIENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
+    # Train waits so long for workers on machines that it does not know to be gone.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
 
 
