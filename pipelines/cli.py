@@ -27,6 +27,11 @@ STAGES: dict[str, tuple[str, str, str]] = {
     "verify-labels": ("pipelines.verify_labels", "", "prove that a label set lost nothing and has nothing twice"),
     "report": ("pipelines.report", "", "one page about a label set: totals, charts, a gallery, decisions"),
     "review": ("pipelines.review", "", "bring accept / reject / fix decisions back into a shard set"),
+    "export": (
+        "pipelines.export",
+        "",
+        "hand a label set to other tools: COCO, VOC, Label Studio, CVAT, FiftyOne, shards",
+    ),
     "demo": ("pipelines.demo", "", "the whole job on built-in data, in a few minutes"),
 }
 

@@ -167,4 +167,5 @@ def remove_hosts() -> None:
     """What a run that was killed has left behind, too."""
     for name in ("afa-h1", "afa-h2"):
         ip("netns", "del", name, check=False)
-    ip("link", "del", BRIDGE, check=False)
+    for link in ("afa-v1", "afa-v2", BRIDGE):
+        ip("link", "del", link, check=False)

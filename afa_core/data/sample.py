@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from afa_core.classes import palette
 
@@ -131,6 +131,21 @@ def decode_image(data: bytes, max_megapixels: float) -> Pixels:
         return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample("undecodable_image", str(error)) from error
+
+
+def picture_header(data: bytes, max_megapixels: float) -> tuple[str, int]:
+    """Format of an encoded picture (``JPEG``, ``PNG``, ...) and its EXIF orientation, 1 for upright; not decoded.
+
+    Raises:
+        BadSample: ``undecodable_image`` or ``too_many_pixels``.
+    """
+    picture = _open(data, max_megapixels, "undecodable_image")
+    form = "JPEG" if picture.format == "MPO" else str(picture.format)  # a JPEG with a second one behind it
+    try:
+        orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, ValueError, SyntaxError, TypeError) as error:
+        raise BadSample("undecodable_image", str(error)) from error
+    return form, orientation if 1 < orientation <= 8 else 1
 
 
 def decode_seg_label(data: bytes, max_megapixels: float = 100.0) -> Pixels:
