@@ -105,14 +105,17 @@ class Worker:
         self.optimizer = build_optimizer(
             self.model, experiment.optim, pretrained=experiment.model.pretrained is not None
         )
-        self.step = self.seen = self.skipped = 0
-        self.skips: Counter[str] = Counter()
+        self.step = 0
+        # Of all workers since they were started: shards that were mended are given another chance.
+        self.seen = self.skipped = 0
+        self.skips: Counter[str] = Counter()  # this worker's, by reason
         self._resume()
         self.forward = self._wrap()
         self.history: dict[int, dict[str, float]] = {}  # what each step recorded since it was last sent
         self.logger = RunLogger.attach(settings.tracking_uri, settings.run_id) if self.rank == 0 else None
         # Steps that are done once more after a restart are in the run already.
         self.logged_to = self.logger.last_step("loss.cls") if self.logger else -1
+        self.scored_to = self.logger.last_step("val.cam_miou") if self.logger else -1
         self.progress = Progress("step", experiment.optim.total_steps, self.step, window=train.log_every)
 
     def run(self) -> None:
@@ -230,7 +233,7 @@ class Worker:
         scores.all_reduce(self.device)
         summary = scores.summary()
         self._say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items()))
-        if self.logger:
+        if self.logger and self.step > self.scored_to:
             self.logger.log_metrics({f"val.{name}": value for name, value in summary.items()}, self.step)
             if rows:
                 self.logger.log_picture(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
@@ -266,8 +269,7 @@ class Worker:
                 folder, self.model, self.index.classes, experiment.model, experiment.cam, experiment.par,
                 experiment.label,
             )  # fmt: skip
-            state = {"step": self.step, "seen": self.seen, "skipped": self.skipped}
-            save_training_state(folder / STATE, {**state, "optimizer": self.optimizer.state_dict()})
+            save_training_state(folder / STATE, {"step": self.step, "optimizer": self.optimizer.state_dict()})
             self.checkpoints.save(self.step, folder, scores)
         if scores:  # what Ray's dashboard shows; all workers wait for each other in it
             ray.train.report({"step": self.step, **scores})
@@ -287,7 +289,7 @@ class Worker:
             load_weights(self.model, folder)
             state = load_training_state(folder / STATE)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seen, self.skipped = state["step"], state["seen"], state["skipped"]
+        self.step = state["step"]
         self._say(f"goes on from step {self.step}")
 
     def _newest(self, scratch: Path) -> SavedCheckpoint | None:
