@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,14 +20,15 @@ Connect = Callable[[str], None]
 
 
 @pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
-    """Go to another endpoint from here on."""
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
+    """Go to another endpoint from here on, to the end of the test."""
 
     def to(endpoint: str) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         object_store._client.cache_clear()
 
-    return to
+    yield to
+    object_store._client.cache_clear()
 
 
 @pytest.fixture
