@@ -167,7 +167,7 @@ def test_two_drivers_on_one_output(bundle: Path, tmp_path: Path) -> None:
         (pictures / f"{index}.png").write_bytes(picture(index, 128))
     words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2]
     with afa_running(*words, until=lambda: bool(done_units(output)) if output.is_dir() else False) as process:
-        assert "another driver is labelling" in afa(*words, status=2)
+        assert "another driver is at work" in afa(*words, status=2)
         printed, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
     assert "images 240  labels 240" in printed
