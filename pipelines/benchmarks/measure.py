@@ -1,0 +1,75 @@
+"""How benchmarks measure: repetitions in a process of their own, so that the peak of memory is theirs alone.
+
+Compared cases run in turns within one call: the speed of a machine drifts, ratios within a run hold.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One measured case.
+
+    Attributes:
+        name: of the case, unique within a benchmark.
+        seconds: of every counted repetition.
+        images: pictures a repetition works on; 0 where there are none.
+        peak_mib: most resident memory of the process (of the GPU where it works on one); None if not measured.
+        moved_bytes: least memory traffic of a repetition, 0 if not modelled.
+        operations: floating-point operations of a repetition, 0 if not modelled.
+        facts: whatever else is worth knowing.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    images: int = 0
+    peak_mib: float | None = None
+    moved_bytes: float = 0.0
+    operations: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def median_s(self) -> float:
+        """Median of the repetitions."""
+        return statistics.median(self.seconds)
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Pictures a second at the median."""
+        return self.images / self.median_s if self.images else None
+
+
+def repeat(function: Callable[[], Any], repetitions: int, warm_up: int = 1) -> tuple[float, ...]:
+    """Seconds of each counted call; on a GPU until it has finished."""
+    seconds = []
+    for number in range(warm_up + repetitions):
+        began = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= warm_up:
+            seconds.append(time.perf_counter() - began)
+    return tuple(seconds)
+
+
+def peak_mib() -> float:
+    """Most memory this process has held so far: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function(*arguments)`` gives in a fresh process; both must be importable or picklable."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
