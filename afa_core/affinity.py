@@ -70,6 +70,7 @@ def propagate(
     weights = affinity.masked_fill(~window_mask(grid, radius).to(affinity.device), 0).pow(power)
     transition = weights / (weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
     walked = maps.flatten(2)
-    for _ in range(iterations):
-        walked = walked @ transition
+    with torch.autocast(maps.device.type, enabled=False):  # in 32 bit always
+        for _ in range(iterations):
+            walked = walked @ transition
     return walked.unflatten(2, grid)

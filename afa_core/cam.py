@@ -7,9 +7,13 @@ scales are summed and each class is brought to 0..1:
     cam_c = (sum_s relu(max(a_s, mirror a_s)) - min) / (max + 1e-5)
 
 Only the backbone runs here, in evaluation mode: no decoder, and no stochastic depth (the published code leaves
-it on), so the maps of a picture depend on nothing but the weights.
+it on), so the maps of a picture depend on nothing but the weights. Only the labelled classes' maps are resized.
 
-Shapes: B images, F foreground classes, H x W pixels; h x w the token grid of the largest scale, M = h * w.
+On the CPU large pictures pass one by one: their intermediate results are then small enough for the cache, and for
+memory that the allocator keeps; fresh pages cost more than what is computed in them.
+
+Shapes: B images, F foreground classes, K packed ones (``packing``), H x W pixels; h x w the token grid of the largest
+scale, M = h * w.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afa_core.backbone import kernels
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
 from afa_core.model import AFANet
+from afa_core.packing import Packing
 
 EPSILON = 1e-5
 
@@ -33,14 +39,16 @@ class MultiScaleCam:
     """Maps of a batch and the affinity that goes with them.
 
     Attributes:
-        cam: [B, F, H, W] in 0..1, every class scaled on its own, labelled or not.
+        cam: [B, K, H, W] in 0..1, every class scaled on its own.
         affinity: [B, M, M] of the un-mirrored pictures at the largest scale.
         grid: (h, w), the token grid of ``affinity``.
+        packing: which classes the K maps are of.
     """
 
     cam: Tensor
     affinity: Tensor
     grid: tuple[int, int]
+    packing: Packing
 
 
 @contextmanager
@@ -67,47 +75,60 @@ def scaled_with_mirror(image: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def multi_scale_cam(model: AFANet, image: Tensor, scales: Sequence[float]) -> MultiScaleCam:
+def multi_scale_cam(
+    model: AFANet, image: Tensor, scales: Sequence[float], packing: Packing | None = None
+) -> MultiScaleCam:
     """Class activation maps over scales and mirrors, with the affinity of the largest scale.
 
     Args:
         model: the network; runs in evaluation mode.
         image: normalised pictures [B, 3, H, W].
         scales: factors on H and W; sizes are truncated.
+        packing: the classes that are wanted; None: all.
     """
-    batch, _, height, width = image.shape
-    total = image.new_zeros(batch, model.num_foreground, height, width)
+    batch = len(image)
+    packing = packing or Packing.of_all(batch, model.num_foreground, image.device)
+    alone = image.device.type == "cpu" and kernels.is_large(image)
+    groups = [slice(index, index + 1) for index in range(batch)] if alone else [slice(0, batch)]
     with evaluation_mode(model):
-        for scale in scales:
-            features = model.backbone(scaled_with_mirror(image, scale))
-            raw = model.activate(features)
-            if scale == max(scales):
-                grid = (raw.shape[2], raw.shape[3])
-                affinity = model.affinity_head(
-                    [query[:batch] for query in features.queries], [key[:batch] for key in features.keys]
-                )
-            straight, mirrored = resize(raw, (height, width)).chunk(2)
-            total += torch.maximum(straight, mirrored.flip(3)).relu()
+        parts = [_scaled_cam(model, image[group], scales, packing.part(group)) for group in groups]
+    total = torch.cat([part.cam for part in parts])
     lowest, highest = total.amin((2, 3), keepdim=True), total.amax((2, 3), keepdim=True)
-    return MultiScaleCam((total - lowest) / (highest - lowest + EPSILON), affinity, grid)
+    cam = (total - lowest) / (highest - lowest + EPSILON)
+    return MultiScaleCam(cam, torch.cat([part.affinity for part in parts]), parts[0].grid, packing)
 
 
-def valid_cam(cam: Tensor, cls_label: Tensor) -> Tensor:
-    """Maps [B, F, H, W] of the labelled classes only; the others are 0."""
-    return cam * cls_label[:, :, None, None]
+def _scaled_cam(model: AFANet, image: Tensor, scales: Sequence[float], packing: Packing) -> MultiScaleCam:
+    """The rectified maps summed over scales, not normalised yet."""
+    batch, _, height, width = image.shape
+    total = image.new_zeros(batch, packing.index.shape[1], height, width)
+    for scale in scales:
+        both = scaled_with_mirror(image, scale)
+        # The mirrors are a pass of their own where pictures pass one by one.
+        passes = [model.backbone(half) for half in (both.split(batch) if batch == 1 else (both,))]
+        raw = torch.cat([model.activate(features) for features in passes])
+        if scale == max(scales):
+            grid = (raw.shape[2], raw.shape[3])
+            straight = passes[0]
+            affinity = model.affinity_head(
+                [query[:batch] for query in straight.queries], [key[:batch] for key in straight.keys]
+            )
+        straight_cam, mirrored = (resize(packing.pack(half), (height, width)) for half in (raw[:batch], raw[batch:]))
+        total += torch.maximum(straight_cam, mirrored.flip(3)).relu_()
+    return MultiScaleCam(total, affinity, grid, packing)
 
 
 def cam_to_label(
     cam: Tensor,
-    cls_label: Tensor,
+    packing: Packing,
     background_score: float | tuple[float, float],
     boxes: Tensor | None = None,
 ) -> Tensor:
     """Label map of the maps alone, without any refinement.
 
     Args:
-        cam: [B, F, H, W] in 0..1.
-        cls_label: [B, F] multi-hot.
+        cam: [B, K, H, W] in 0..1.
+        packing: which classes they are of.
         background_score: at or below it a pixel is background; with a pair (low, high) a pixel between the two
             is ignored.
         boxes: [B, 4] valid region y0 y1 x0 x1; pixels outside it are ignored.
@@ -116,8 +137,8 @@ def cam_to_label(
         [B, H, W] int64: 0 background, 1..F, 255 ignored.
     """
     low, high = background_score if isinstance(background_score, tuple) else (background_score, background_score)
-    value, index = valid_cam(cam, cls_label).max(dim=1)
-    label = index + 1
+    value, position = cam.max(dim=1)
+    label = packing.to_class(position + 1)
     label[value <= high] = IGNORE_INDEX
     label[value <= low] = BACKGROUND
     return label if boxes is None else ignore_outside(label, boxes)

@@ -28,14 +28,15 @@ from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_t
 from afa_core.config import LabelConfig
 from afa_core.crf import CrfConfig
 from afa_core.data.transforms import denormalise_to_unit, normalise
+from afa_core.packing import Packing
 from afa_core.picture_label import Opinions, PictureLabel, describe
 from afa_core.pseudo_label import (
     BackgroundScores,
     RefinedMaps,
+    ShrunkenCrops,
     low_high_to_label,
     refine_affinity,
     refine_cam,
-    valid_channels,
 )
 from afa_core.segmentation import multi_scale_segmentation
 
@@ -134,8 +135,8 @@ class _Batch:
         given: tags that are used; None where the classifier's are.
         predicted: [B, F] what the classifier is sure of.
         cls_label: [B, F] what is looked for.
-        cam: maps and affinity.
-        segmentation: [B, C, h', w'] probabilities of the head, over the classes looked for.
+        cam: maps of these classes, and affinity.
+        segmentation: [B, K + 1, h', w'] probabilities of the head, over the classes looked for.
     """
 
     image: Tensor
@@ -163,13 +164,13 @@ def _run(
             for index, names in enumerate(given)
         ]
     )
+    packing = Packing.of(cls_label)
     logits = output.seg_logits
     if config.head != "cam":
         logits = multi_scale_segmentation(bundle.model, image, scales)
-    invalid = ~valid_channels(cls_label)[:, :, None, None]
-    # Masked after resizing: between 0 and minus infinity interpolation finds no number.
-    segmentation = resize(logits, image.shape[2:]).masked_fill(invalid, -torch.inf).softmax(1)
-    cam = multi_scale_cam(bundle.model, image, scales)
+    wanted = resize(torch.cat([logits[:, :1], packing.pack(logits[:, 1:])], dim=1), image.shape[2:])
+    segmentation = wanted.masked_fill(~packing.with_background()[:, :, None, None], -torch.inf).softmax(1)
+    cam = multi_scale_cam(bundle.model, image, scales, packing)
     return _Batch(image, (height, width), given, predicted, cls_label, cam, segmentation)
 
 
@@ -200,10 +201,8 @@ def label_at_scores(
     for low, high in zip(scores[::2], [*scores[1::2], scores[-1]], strict=False):
         maps = _refine(bundle, batch, config, (low, high))
         chosen = maps.walked or maps.plain
-        inside = (0, ..., slice(0, batch.size[0]), slice(0, batch.size[1]))
-        labels += [to_bytes(run[inside].argmax(0)) for run in (chosen.low, chosen.high)]
-    segmentation = batch.segmentation[0, :, : batch.size[0], : batch.size[1]].argmax(0)
-    return labels[: len(scores)], to_bytes(segmentation)
+        labels += [to_bytes(_class_label(run[0], batch, 0)) for run in chosen.runs.unbind(1)]
+    return labels[: len(scores)], to_bytes(_class_label(batch.segmentation[0], batch, 0))
 
 
 @torch.no_grad()
@@ -228,12 +227,11 @@ def _refine(bundle: Bundle, batch: _Batch, config: LabelConfig, scores: Backgrou
     if "par" not in config.refine:
         par = dataclasses.replace(par, iterations=0, shrink_factor=1)
     boxes = torch.tensor([[0, batch.size[0], 0, batch.size[1]]]).expand(len(batch.image), 4)
-    unit = denormalise_to_unit(batch.image)
-    plain = refine_cam(unit, batch.cam.cam, batch.cls_label, boxes, scores, par)
+    crops = ShrunkenCrops(denormalise_to_unit(batch.image), par)
+    plain = refine_cam(crops, batch.cam, boxes, scores)
     if "affinity" not in config.refine:
         return _CamMaps(plain, None)
-    walked = refine_affinity(unit, batch.cam, batch.cls_label, boxes, scores, bundle.cam_config, par)
-    return _CamMaps(plain, walked)
+    return _CamMaps(plain, refine_affinity(crops, batch.cam, boxes, scores, bundle.cam_config))
 
 
 def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) -> Opinions:
@@ -241,7 +239,7 @@ def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) ->
     inside = (index, ..., slice(0, batch.size[0]), slice(0, batch.size[1]))
     chosen = maps.walked or maps.plain
     seg_probability = batch.segmentation[inside]
-    low, high = _shares(chosen.low[inside]), _shares(chosen.high[inside])
+    low, high = (_shares(run) for run in chosen.runs[inside])
     if config.crf:
         colours = denormalise_to_unit(batch.image)[inside].permute(1, 2, 0) * 255
         same = torch.equal(low, high)
@@ -249,19 +247,27 @@ def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) ->
         high = low if same else crf.refine(colours, high, CrfConfig())
         if config.head != "cam":
             seg_probability = crf.refine(colours, seg_probability, CrfConfig())
-    seg_label = seg_probability.argmax(0)
-    cam_label = low_high_to_label(low, high)
+    seg_label = _class_label(seg_probability, batch, index)
+    cam_label = low_high_to_label(_class_label(low, batch, index), _class_label(high, batch, index))
     label, share = cam_label, low
     if config.head == "segmentation":
         label, share = seg_label, seg_probability
     elif config.head == "agreement":
         label = label.masked_fill(label != seg_label, IGNORE_INDEX)
+    # Which of the packed maps is the label's own; empty channels hold 0.
+    own = F.pad(batch.cam.packing.index[index] + 1, (1, 0))[:, None, None] == label
     changed = None if maps.walked is None else maps.walked.label[inside] != maps.plain.label[inside]
-    return Opinions(label, share, cam_label, seg_label, changed, ())
+    return Opinions(label, (share * own).sum(0), cam_label, seg_label, changed, ())
+
+
+def _class_label(maps: Tensor, batch: _Batch, index: int) -> Tensor:
+    """Packed maps [K + 1, h', w'] of one picture -> the class of the highest [h, w]."""
+    inside = maps[:, : batch.size[0], : batch.size[1]]
+    return batch.cam.packing.part(slice(index, index + 1)).to_class(inside.argmax(0)[None])[0]
 
 
 def _shares(maps: Tensor) -> Tensor:
-    """[C, h, w] brought to a sum of 1 over C; where there is nothing it is background."""
+    """[K + 1, h, w] brought to a sum of 1; where there is nothing it is background."""
     total = maps.sum(0)
     shares = maps / total.clamp(min=1e-8)
     shares[BACKGROUND][total < 1e-8] = 1.0

@@ -17,6 +17,7 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from afa_core.cam import resize
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
@@ -49,12 +50,28 @@ def segmentation_loss(seg_logits: Tensor, label: Tensor) -> Tensor:
     Args:
         seg_logits: [B, C, h, w], resized to the label.
         label: [B, H, W] int64, 255 ignored. A side without pixels contributes 0.
+
+    Logits at the label's size are large (C floats a pixel) and cheap: a picture's are made when they are needed, and
+    once more for the gradient.
     """
+    sums = [
+        checkpoint(_entropy_sums, logits[None], target[None], use_reentrant=False, preserve_rng_state=False)
+        for logits, target in zip(seg_logits, label, strict=True)
+    ]
+    counts = torch.stack([side.sum() for side in _sides(label)])
+    return 0.5 * (torch.stack(sums).sum(0) / counts.clamp(min=1)).sum()
+
+
+def _entropy_sums(seg_logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy summed over background and over foreground pixels, [2]."""
     entropy = F.cross_entropy(resize(seg_logits, label.shape[1:]), label, ignore_index=IGNORE_INDEX, reduction="none")
+    return torch.stack([(entropy * side).sum() for side in _sides(label)])
+
+
+def _sides(label: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a label map says background, and where it says a class."""
     background = label == BACKGROUND
-    foreground = ~background & (label != IGNORE_INDEX)
-    terms = [(entropy * side).sum() / side.sum().clamp(min=1) for side in (background, foreground)]
-    return 0.5 * (terms[0] + terms[1])
+    return background, ~background & (label != IGNORE_INDEX)
 
 
 def affinity_loss(affinity: Tensor, affinity_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from afa_core.decoder import SegFormerDecoder
 
 @dataclass(frozen=True)
 class AFAOutput:
-    """Everything one forward pass gives.
+    """What one forward pass gives.
 
     Attributes:
         class_logits: [B, F].
@@ -49,6 +50,19 @@ class AFAOutput:
     backbone: BackboneOutput
 
 
+class TagLogits(NamedTuple):
+    """What is left of a forward pass in the classification phase.
+
+    Attributes:
+        class_logits: [B, F].
+        unused: 0, with a gradient of 0 for every parameter that had no part in it. Data-parallel training then needs no
+            search for unused parameters.
+    """
+
+    class_logits: Tensor
+    unused: Tensor
+
+
 class AffinityHead(nn.Module):
     """A = sigmoid(M + M^T + b), see the module header."""
 
@@ -59,11 +73,12 @@ class AffinityHead(nn.Module):
         nn.init.kaiming_uniform_(self.head_weight[None], a=5**0.5)
 
     def forward(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-        """Queries and keys [B, n, N, d] of two blocks -> affinity [B, N, N]."""
-        query = torch.cat(list(queries), dim=1) * self.head_weight[:, None, None]
-        key = torch.cat(list(keys), dim=1)
-        merged = query.transpose(1, 2).flatten(2) @ key.transpose(2, 3).flatten(1, 2)
-        return torch.sigmoid(merged + merged.transpose(1, 2) + self.bias)
+        """Queries and keys [B, n, N, d] of two blocks -> affinity [B, N, N], in 32 bit also under autocast."""
+        with torch.autocast(self.bias.device.type, enabled=False):
+            query = torch.cat(list(queries), dim=1).float() * self.head_weight[:, None, None]
+            key = torch.cat(list(keys), dim=1).float()
+            merged = query.transpose(1, 2).flatten(2) @ key.transpose(2, 3).flatten(1, 2)
+            return torch.sigmoid(merged + merged.transpose(1, 2) + self.bias)
 
 
 class AFANet(nn.Module):
@@ -84,12 +99,15 @@ class AFANet(nn.Module):
         self.affinity_head = AffinityHead(self.backbone.affinity_heads)
         self.decoder = SegFormerDecoder(channels, config.decoder_channels, num_foreground + 1, config.decoder_dropout)
 
-    def forward(self, image: Tensor) -> AFAOutput:
-        """Normalised image [B, 3, H, W] -> all heads."""
+    def forward(self, image: Tensor, *, tags_only: bool = False) -> AFAOutput | TagLogits:
+        """Normalised image [B, 3, H, W] -> all heads, or that of the tags alone."""
         features = self.backbone(image)
+        if tags_only:
+            idle = [*self.affinity_head.parameters(), *self.decoder.parameters()]
+            return TagLogits(self.classify(features), 0.0 * torch.stack([part.sum() for part in idle]).sum())
         return AFAOutput(
             class_logits=self.classify(features),
-            seg_logits=self.decoder(features.features),
+            seg_logits=self.decoder(features.features).float(),
             affinity=self.affinity_head(features.queries, features.keys),
             backbone=features,
         )
@@ -97,11 +115,11 @@ class AFANet(nn.Module):
     def classify(self, features: BackboneOutput) -> Tensor:
         """Logits of the image-level tags, [B, F]."""
         pool = F.adaptive_max_pool2d if self.pooling == "max" else F.adaptive_avg_pool2d
-        return self.classifier(pool(features.features[-1], 1)).flatten(1)
+        return self.classifier(pool(features.features[-1], 1)).flatten(1).float()
 
     def activate(self, features: BackboneOutput) -> Tensor:
         """Class activation maps before rectification and normalisation, [B, F, h4, w4] (equation 3)."""
-        return F.conv2d(features.features[-1], self.classifier.weight)
+        return F.conv2d(features.features[-1], self.classifier.weight).float()
 
 
 def build_model(config: ModelConfig, num_foreground: int) -> AFANet:

@@ -58,6 +58,7 @@ def build_optimizer(model: AFANet, config: OptimConfig, *, pretrained: bool) -> 
         ],
         lr=config.lr,
         betas=config.betas,
+        fused=True,  # one pass over every parameter and its moments
     )
 
 

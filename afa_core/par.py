@@ -8,7 +8,8 @@ neighbours at several dilations, repeatedly:
     weights   softmax_j(k_rgb) + w2 softmax_j(k_pos)
 
 sigma is the standard deviation (unbiased) over the neighbours of a pixel: of their colours, and of their
-distances. The border is replicated. Neighbours are slices of one padded tensor and are never gathered.
+distances. The border is replicated. Neighbours are slices of one padded tensor and are never gathered. On a GPU the
+same is done by the kernels of ``par_gpu``.
 
 Shapes: B images, K maps, H x W pixels, D = 8 * number of dilations neighbours.
 """
@@ -16,6 +17,8 @@ Shapes: B images, K maps, H x W pixels, D = 8 * number of dilations neighbours.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +30,32 @@ SIGMA_EPSILON = 1e-8
 _DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 
 
-def refine(image_unit: Tensor, maps: Tensor, config: ParConfig) -> Tensor:
+def refine(image_unit: Tensor, maps: Tensor, config: ParConfig, weights: Tensor | None = None) -> Tensor:
     """PAR of some maps by the edges of their picture.
 
     Args:
         image_unit: [B, 3, H, W] in 0..1.
         maps: [B, K, h, w]; brought to H x W with ``align_corners=True``.
         config: dilations, iterations and weights.
+        weights: ``neighbour_weights`` of the picture, if they are known already.
 
     Returns:
         [B, K, H, W].
     """
-    maps = F.interpolate(maps, size=image_unit.shape[2:], mode="bilinear", align_corners=True)
-    weights = neighbour_weights(image_unit, config)
+    if maps.shape[2:] != image_unit.shape[2:]:
+        maps = F.interpolate(maps, size=image_unit.shape[2:], mode="bilinear", align_corners=True)
+    if not config.iterations:
+        return maps
+    if weights is None:
+        weights = neighbour_weights(image_unit, config)
+    if _on_gpu(maps):
+        from afa_core import par_gpu
+
+        offsets = _offsets(config, maps.device)
+        maps = maps.contiguous()
+        for _ in range(config.iterations):
+            maps = par_gpu.step(maps, weights, offsets)
+        return maps
     for _ in range(config.iterations):
         mixed = torch.zeros_like(maps)
         for index, neighbour in enumerate(_neighbours(maps, config.dilations)):
@@ -50,6 +66,12 @@ def refine(image_unit: Tensor, maps: Tensor, config: ParConfig) -> Tensor:
 
 def neighbour_weights(image_unit: Tensor, config: ParConfig) -> Tensor:
     """Weight of each neighbour of each pixel, [B, D, H, W]."""
+    position = config.position_weight * _position_weights(config).to(image_unit)
+    if _on_gpu(image_unit):
+        from afa_core import par_gpu
+
+        offsets = _offsets(config, image_unit.device)
+        return par_gpu.neighbour_weights(image_unit, offsets, position, config.colour_bandwidth, SIGMA_EPSILON)
     count = len(_DIRECTIONS) * len(config.dilations)
     mean = sum(_neighbours(image_unit, config.dilations)) / count
     variance = torch.zeros_like(image_unit)
@@ -60,8 +82,19 @@ def neighbour_weights(image_unit: Tensor, config: ParConfig) -> Tensor:
     kernel = image_unit.new_empty(batch, count, height, width)
     for index, neighbour in enumerate(_neighbours(image_unit, config.dilations)):
         kernel[:, index] = -((neighbour - image_unit) * scale).square_().mean(dim=1)
-    position = config.position_weight * _position_weights(config).to(image_unit)
     return kernel.softmax(dim=1).add_(position[:, None, None])
+
+
+def _on_gpu(maps: Tensor) -> bool:
+    """Whether the fused kernels serve; a build of torch without Triton, or for another GPU, goes without them."""
+    return maps.is_cuda and maps.dtype == torch.float32 and find_spec("triton") is not None
+
+
+@lru_cache(maxsize=16)
+def _offsets(config: ParConfig, device: torch.device) -> Tensor:
+    """(dy, dx) of the neighbours, [D, 2] int32."""
+    offsets = [(d * dy, d * dx) for d in config.dilations for dy, dx in _DIRECTIONS]
+    return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def _position_weights(config: ParConfig) -> Tensor:

@@ -4,7 +4,7 @@ Three opinions come for free with every label: the class activation maps, the sa
 and the segmentation head. Where they differ, where tags and mask contradict each other, where the maps are flat, a
 person should look first.
 
-Shapes: H x W the picture's own size; h x w its working size; C = F + 1 classes.
+Shapes: H x W the picture's own size; h x w its working size; F foreground classes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Opinions:
 
     Attributes:
         label: [h, w] int64, the label.
-        share: [C, h, w] each class's share of the maps behind it, 0..1.
+        share: [h, w] the label's own share of the maps behind it, 0..1.
         cam: [h, w] int64, the label by the activation maps.
         segmentation: [h, w] int64, the label by the segmentation head.
         affinity_changes: [h, w] boolean, where the walk along the affinity changes the label; None if not taken.
@@ -106,7 +106,7 @@ def describe(
     """
     label, cam, segmentation = opinions.label, opinions.cam, opinions.segmentation
     decided, comparable = label != IGNORE_INDEX, cam != IGNORE_INDEX
-    own_share = opinions.share.gather(0, label.masked_fill(~decided, 0)[None])[0]
+    own_share = opinions.share
     area, confidence, disagreement = {}, {}, {}
     for name in tags:
         channel = classes.index(name) + 1

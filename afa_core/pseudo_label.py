@@ -9,25 +9,27 @@ Training learns from these labels and batch labelling writes them; both call ``m
 Each is done for a low and a high background score. A pixel is foreground where the high run says so, background
 where both runs say so, and ignored where they differ. With low = high nothing is ignored inside the box.
 
-Only the labelled channels and the background are refined, low and high together, so that the colour kernel of a
-picture is derived once.
+Only the labelled channels and the background are refined (``packing``), low and high together. The weights of PAR are
+derived once for the crop, and once more only for a box that is smaller.
 
-Shapes: B images, F foreground classes, C = F + 1, H x W pixels; boxes [B, 4] as y0 y1 x0 x1.
+Shapes: B images, F foreground classes, C = F + 1, K packed ones, H x W pixels; boxes [B, 4] as y0 y1 x0 x1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from afa_core import par
 from afa_core.affinity import propagate
-from afa_core.cam import MultiScaleCam, ignore_outside, multi_scale_cam, resize, valid_cam
+from afa_core.cam import MultiScaleCam, ignore_outside, multi_scale_cam, resize
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
 from afa_core.config import CamConfig, ParConfig
 from afa_core.model import AFANet
+from afa_core.packing import Packing
 
 BackgroundScores = tuple[float, float]  # low, high
 
@@ -37,14 +39,24 @@ class RefinedMaps:
     """What refinement gives for the low and the high background score.
 
     Attributes:
-        low: [B, C, H, W]; 0 for classes without a tag and outside the box.
-        high: the same for the high score.
+        runs: [B, 2, K + 1, H, W], the low and the high one, background in front; 0 outside the box.
+        packing: which classes the others are of.
         label: [B, H, W] int64 from the two.
     """
 
-    low: Tensor
-    high: Tensor
+    runs: Tensor
+    packing: Packing
     label: Tensor
+
+    @property
+    def low(self) -> Tensor:
+        """[B, C, H, W] of the low score; 0 for classes without a tag."""
+        return self.packing.unpack(self.runs[:, 0])
+
+    @property
+    def high(self) -> Tensor:
+        """The same of the high score."""
+        return self.packing.unpack(self.runs[:, 1])
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,29 @@ class PseudoLabel:
     cam: MultiScaleCam
     refined_cam: RefinedMaps
     refined_affinity: RefinedMaps | None
+
+
+class ShrunkenCrops:
+    """Crops as PAR sees them, with the weights of their neighbours, derived when they are first asked for."""
+
+    def __init__(self, image_unit: Tensor, config: ParConfig) -> None:
+        self.image_unit, self.config = image_unit, config
+        self.picture = resize(image_unit, _shrunk(image_unit.shape[2:], config))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """[B, D, h, w]."""
+        return par.neighbour_weights(self.picture, self.config)
+
+    def of_box(self, index: int, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None]:
+        """Picture of one crop's valid region, shrunken, and its weights if they are known."""
+        y0, y1, x0, x1 = box
+        height, width = self.image_unit.shape[2:]
+        if box == (0, height, 0, width):
+            # Without iterations nobody asks for weights.
+            return self.picture[index, None], self.weights[index, None] if self.config.iterations else None
+        inside = self.image_unit[index, None, :, y0:y1, x0:x1]
+        return resize(inside, _shrunk((y1 - y0, x1 - x0), self.config)), None
 
 
 @torch.no_grad()
@@ -81,63 +116,47 @@ def make_pseudo_label(
         with_affinity: also refine the CAM propagated along the affinity.
     """
     scores = background_scores or (cam_config.background_score_low, cam_config.background_score_high)
-    cam = multi_scale_cam(model, image, cam_config.scales)
+    cam = multi_scale_cam(model, image, cam_config.scales, Packing.of(cls_label))
+    crops = ShrunkenCrops(image_unit, par_config)
     return PseudoLabel(
         cam=cam,
-        refined_cam=refine_cam(image_unit, cam.cam, cls_label, boxes, scores, par_config),
-        refined_affinity=refine_affinity(image_unit, cam, cls_label, boxes, scores, cam_config, par_config)
-        if with_affinity
-        else None,
+        refined_cam=refine_cam(crops, cam, boxes, scores),
+        refined_affinity=refine_affinity(crops, cam, boxes, scores, cam_config) if with_affinity else None,
     )
 
 
-def refine_cam(
-    image_unit: Tensor,
-    cam: Tensor,
-    cls_label: Tensor,
-    boxes: Tensor,
-    background_scores: BackgroundScores,
-    config: ParConfig,
-) -> RefinedMaps:
-    """Refined maps of the CAM [B, F, H, W]: softmax and PAR on the whole shrunken crop."""
-    size = image_unit.shape[2:]
-    small = _shrunk(size, config)
-    picture, probability = resize(image_unit, small), resize(cam, small)
-    low, high = (softmax_over_valid(probability, cls_label, score) for score in background_scores)
-    low, high = (resize(maps, size) for maps in _refine_valid(picture, [low, high], cls_label, config))
-    return _to_refined_maps(low, high, boxes)
+def refine_cam(crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: BackgroundScores) -> RefinedMaps:
+    """Refined maps of the CAM: softmax and PAR on the whole shrunken crop."""
+    probability = resize(cam.cam, crops.picture.shape[2:])
+    runs = torch.stack([softmax_over_valid(probability, cam.packing, score) for score in scores], dim=1)
+    refined = torch.zeros_like(runs)
+    for index, count in enumerate(cam.packing.counts):
+        valid = runs[index, None, :, : 1 + count].flatten(1, 2)
+        weights = crops.weights[index, None] if crops.config.iterations else None
+        made = par.refine(crops.picture[index, None], valid, crops.config, weights)
+        refined[index, :, : 1 + count] = made.unflatten(1, (2, 1 + count))
+    return _to_refined_maps(_resize_runs(refined, crops.image_unit.shape[2:]), cam.packing, boxes)
 
 
 def refine_affinity(
-    image_unit: Tensor,
-    cam: MultiScaleCam,
-    cls_label: Tensor,
-    boxes: Tensor,
-    background_scores: BackgroundScores,
-    cam_config: CamConfig,
-    par_config: ParConfig,
+    crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: BackgroundScores, config: CamConfig
 ) -> RefinedMaps:
     """Refined maps of the propagated CAM: PAR on the shrunken valid region of each crop."""
-    size = image_unit.shape[2:]
-    runs = [resize(propagate_cam(cam, cls_label, score, cam_config), size) for score in background_scores]
-    refined = [torch.zeros_like(run) for run in runs]
-    for index, (y0, y1, x0, x1) in enumerate(boxes.tolist()):
-        part = (slice(index, index + 1), slice(None), slice(y0, y1), slice(x0, x1))
-        picture = resize(image_unit[part], _shrunk((y1 - y0, x1 - x0), par_config))
-        for maps, run in zip(
-            refined,
-            _refine_valid(picture, [run[part] for run in runs], cls_label[index : index + 1], par_config),
-            strict=True,
-        ):
-            maps[part] = resize(run, (y1 - y0, x1 - x0))
-    return _to_refined_maps(refined[0], refined[1], boxes)
+    walked = torch.stack([propagate_cam(cam, score, config) for score in scores], dim=1)
+    runs = _resize_runs(walked, crops.image_unit.shape[2:])
+    refined = torch.zeros_like(runs)
+    for index, (count, (y0, y1, x0, x1)) in enumerate(zip(cam.packing.counts, boxes.tolist(), strict=True)):
+        picture, weights = crops.of_box(index, (y0, y1, x0, x1))
+        inside = (index, slice(None), slice(0, 1 + count), slice(y0, y1), slice(x0, x1))
+        made = par.refine(picture, runs[inside].flatten(0, 1)[None], crops.config, weights)
+        refined[inside] = resize(made, (y1 - y0, x1 - x0)).unflatten(1, (2, 1 + count))[0]
+    return _to_refined_maps(refined, cam.packing, boxes)
 
 
-def propagate_cam(cam: MultiScaleCam, cls_label: Tensor, background_score: float, config: CamConfig) -> Tensor:
-    """CAM with background, walked along the affinity of the largest scale: [B, C, h, w]."""
-    maps = resize(valid_cam(cam.cam, cls_label), cam.grid)
+def propagate_cam(cam: MultiScaleCam, background_score: float, config: CamConfig) -> Tensor:
+    """CAM with background, walked along the affinity of the largest scale: [B, K + 1, h, w]."""
     return propagate(
-        softmax_over_valid(maps, cls_label, background_score),
+        softmax_over_valid(resize(cam.cam, cam.grid), cam.packing, background_score),
         cam.affinity,
         cam.grid,
         radius=config.affinity_radius,
@@ -146,39 +165,25 @@ def propagate_cam(cam: MultiScaleCam, cls_label: Tensor, background_score: float
     )
 
 
-def softmax_over_valid(cam: Tensor, cls_label: Tensor, background_score: float) -> Tensor:
-    """[B, F, H, W] -> [B, C, H, W]: background in front, softmax over it and the labelled classes; others 0."""
-    background = torch.full_like(cam[:, :1], background_score)
-    maps = torch.cat([background, cam], dim=1)
-    return maps.masked_fill(~valid_channels(cls_label)[:, :, None, None], -torch.inf).softmax(dim=1)
+def softmax_over_valid(cam: Tensor, packing: Packing, background_score: float) -> Tensor:
+    """[B, K, H, W] -> [B, K + 1, H, W]: background in front, softmax over it and the labelled classes; others 0."""
+    maps = torch.cat([torch.full_like(cam[:, :1], background_score), cam], dim=1)
+    return maps.masked_fill(~packing.with_background()[:, :, None, None], -torch.inf).softmax(dim=1)
 
 
-def valid_channels(cls_label: Tensor) -> Tensor:
-    """Boolean [B, C]: the background and the labelled classes."""
-    return torch.cat([torch.ones_like(cls_label[:, :1]), cls_label], dim=1) > 0
+def _resize_runs(runs: Tensor, size: torch.Size) -> Tensor:
+    return resize(runs.flatten(1, 2), size).unflatten(1, runs.shape[1:3])
 
 
-def _refine_valid(picture: Tensor, runs: list[Tensor], cls_label: Tensor, config: ParConfig) -> list[Tensor]:
-    """PAR of the valid channels of several maps [B, C, h, w] of the same pictures."""
-    height, width = picture.shape[2:]
-    refined = [run.new_zeros(*run.shape[:2], height, width) for run in runs]
-    for index, valid in enumerate(valid_channels(cls_label)):
-        stacked = torch.cat([run[index : index + 1, valid] for run in runs], dim=1)
-        parts = par.refine(picture[index : index + 1], stacked, config).chunk(len(runs), dim=1)
-        for maps, part in zip(refined, parts, strict=True):
-            maps[index, valid] = part[0]
-    return refined
-
-
-def _to_refined_maps(low: Tensor, high: Tensor, boxes: Tensor) -> RefinedMaps:
-    return RefinedMaps(low, high, ignore_outside(low_high_to_label(low, high), boxes))
+def _to_refined_maps(runs: Tensor, packing: Packing, boxes: Tensor) -> RefinedMaps:
+    low, high = packing.to_class(runs[:, 0].argmax(1)), packing.to_class(runs[:, 1].argmax(1))
+    return RefinedMaps(runs, packing, ignore_outside(low_high_to_label(low, high), boxes))
 
 
 def low_high_to_label(low: Tensor, high: Tensor) -> Tensor:
-    """[..., C, H, W] twice -> [..., H, W]: class of the high run, background where both say so, else ignored."""
-    low_label, label = low.argmax(dim=-3), high.argmax(dim=-3)
-    undecided = (label == BACKGROUND) & (low_label != BACKGROUND)
-    return label.masked_fill(undecided, IGNORE_INDEX)
+    """Label maps [...] of both runs -> one: class of the high run, background where both say so, else ignored."""
+    undecided = (high == BACKGROUND) & (low != BACKGROUND)
+    return high.masked_fill(undecided, IGNORE_INDEX)
 
 
 def _shrunk(size: torch.Size | tuple[int, int], config: ParConfig) -> tuple[int, int]:

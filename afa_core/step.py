@@ -1,8 +1,8 @@
 """One training step: tensors in, tensors out.
 
 Source: AFA (CVPR 2022), figure 2 and section 4.1. The pseudo-labels come from the network as it is before the
-step. In the classification phase none are made; the other heads then take part with weight 0, so that every
-parameter has a gradient in every phase and data-parallel training needs no search for unused ones.
+step. In the classification phase none are made and the other heads do not run; their parameters have a gradient of 0,
+so that every parameter has one in every phase and data-parallel training needs no search for unused ones.
 
 Shapes: B images, F foreground classes, H x W pixels.
 """
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from afa_core.affinity import label_to_affinity_label
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.data.transforms import denormalise_to_unit
 from afa_core.losses import Phase, affinity_loss, classification_loss, phase_at, segmentation_loss, total_loss
-from afa_core.model import AFANet, AFAOutput
+from afa_core.model import AFANet, AFAOutput, TagLogits
 from afa_core.pseudo_label import PseudoLabel, make_pseudo_label
 
 
@@ -49,14 +51,12 @@ class StepResult:
         loss: scalar to differentiate.
         terms: unweighted scalars by name: ``cls``, and outside the classification phase ``seg`` and ``aff``.
         phase: of this step.
-        output: of the forward pass.
         pseudo_label: None in the classification phase.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     phase: Phase
-    output: AFAOutput
     pseudo_label: PseudoLabel | None
 
 
@@ -68,7 +68,8 @@ def training_step(
     par_config: ParConfig,
     loss_config: LossConfig,
     *,
-    forward: Callable[[Tensor], AFAOutput] | None = None,
+    forward: Callable[..., Any] | None = None,
+    bfloat16: bool = False,
 ) -> StepResult:
     """Losses of one batch at optimiser step ``step``, counted from 0.
 
@@ -80,10 +81,17 @@ def training_step(
         par_config: refinement.
         loss_config: weights and phase lengths.
         forward: the network wrapped for data parallelism, if it is; the differentiated pass goes through it.
+        bfloat16: run the network under autocast; logits, affinity, refinement and losses stay in 32 bit.
     """
     phase = phase_at(step, loss_config)
-    pseudo_label = None
-    if phase is not Phase.CLASSIFICATION:
+    forward = forward or model
+    mixed = torch.autocast(batch.image.device.type, torch.bfloat16, enabled=bfloat16)
+    if phase is Phase.CLASSIFICATION:
+        with mixed:
+            logits: TagLogits = forward(batch.image, tags_only=True)
+        cls = classification_loss(logits.class_logits, batch.cls_label)
+        return StepResult(cls + logits.unused, {"cls": cls}, phase, None)
+    with mixed:
         pseudo_label = make_pseudo_label(
             model,
             batch.image,
@@ -94,18 +102,16 @@ def training_step(
             par_config,
             with_affinity=phase is Phase.REFINED_AFFINITY,
         )
-    output = (forward or model)(batch.image)
-    terms = {"cls": classification_loss(output.class_logits, batch.cls_label)}
-    if pseudo_label is None:
-        loss = terms["cls"] + 0.0 * (output.seg_logits.sum() + output.affinity.sum())
-    else:
-        refined_cam, refined_affinity = pseudo_label.refined_cam, pseudo_label.refined_affinity
-        label = refined_cam.label if refined_affinity is None else refined_affinity.label
-        terms["seg"] = segmentation_loss(output.seg_logits, label)
-        affinity_label = label_to_affinity_label(refined_cam.label, output.backbone.grid, cam_config.affinity_radius)
-        terms["aff"], _, _ = affinity_loss(output.affinity, affinity_label)
-        loss = total_loss(terms, loss_config)
-    return StepResult(loss, terms, phase, output, pseudo_label)
+        output: AFAOutput = forward(batch.image)
+    refined_cam, refined_affinity = pseudo_label.refined_cam, pseudo_label.refined_affinity
+    label = refined_cam.label if refined_affinity is None else refined_affinity.label
+    affinity_label = label_to_affinity_label(refined_cam.label, output.backbone.grid, cam_config.affinity_radius)
+    terms = {
+        "cls": classification_loss(output.class_logits, batch.cls_label),
+        "seg": segmentation_loss(output.seg_logits, label),
+        "aff": affinity_loss(output.affinity, affinity_label)[0],
+    }
+    return StepResult(total_loss(terms, loss_config), terms, phase, pseudo_label)
 
 
 def check_finite(terms: dict[str, Tensor], step: int) -> None:

@@ -164,9 +164,10 @@ def _score_batch(
     )
     assert made.refined_affinity is not None
     size = image.shape[2:]
-    affinity_cam = resize(propagate_cam(made.cam, cls_label, threshold, cam_config), size)
+    packing = made.cam.packing
+    affinity_cam = packing.unpack(resize(propagate_cam(made.cam, threshold, cam_config), size))
     labels = {
-        "cam": cam_to_label(made.cam.cam, cls_label, threshold),
+        "cam": cam_to_label(made.cam.cam, packing, threshold),
         "refined_cam": made.refined_cam.label,
         "affinity_cam": affinity_cam.argmax(1),
         "refined_affinity": made.refined_affinity.label,
@@ -177,5 +178,5 @@ def _score_batch(
     for stage, label in labels.items():
         scores.matrices[stage].update(truth, label)
     scores.tags.update(output.class_logits.sigmoid(), cls_label)
-    cam = made.cam.cam * cls_label[:, :, None, None]
+    cam = packing.unpack(made.cam.cam)
     return ScoredBatch(unit[inside], cam[inside], affinity_cam[:, 1:][inside], truth, labels)

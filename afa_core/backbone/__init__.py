@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from afa_core.backbone.torchvision_ops import declare_missing_operators
+from afa_core.backbone.features import Backbone, BackboneOutput
+from afa_core.backbone.mit import SIZES, MixTransformer
+from afa_core.errors import InputError
 
-declare_missing_operators()  # before anything imports timm
-
-from afa_core.backbone.features import Backbone, BackboneOutput  # noqa: E402
-from afa_core.backbone.mit import SIZES, MixTransformer  # noqa: E402
-from afa_core.backbone.timm_backbone import PyramidBackbone, VitBackbone, build_timm  # noqa: E402
-from afa_core.errors import InputError  # noqa: E402
-
-__all__ = ["Backbone", "BackboneOutput", "MixTransformer", "PyramidBackbone", "VitBackbone", "build_backbone"]
+__all__ = ["Backbone", "BackboneOutput", "build_backbone"]
 
 
 def build_backbone(
@@ -20,7 +15,7 @@ def build_backbone(
     strides: tuple[int, int, int, int] = (4, 2, 2, 1),
     drop_path_rate: float = 0.1,
     timm_weights: bool = False,
-) -> MixTransformer | PyramidBackbone | VitBackbone:
+) -> Backbone:
     """Backbone by name, from scratch or with timm's weights.
 
     Args:
@@ -37,4 +32,7 @@ def build_backbone(
         if timm_weights:
             raise InputError(f"timm has no weights for {name}: give the path of a published checkpoint")
         return MixTransformer(SIZES[name], strides, drop_path_rate)
+    # timm and torchvision behind it take 120 MiB and seconds to import, in every worker: only where they are used.
+    from afa_core.backbone.timm_backbone import build_timm
+
     return build_timm(name, strides=strides, drop_path_rate=drop_path_rate, pretrained=timm_weights)

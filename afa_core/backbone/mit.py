@@ -19,16 +19,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from afa_core.backbone import kernels
 from afa_core.backbone.features import BackboneOutput
+from afa_core.backbone.stochastic_depth import StochasticDepth
 
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
 EXPANSION = 4
-SPELLED_OUT_LOGITS = 2**20  # per head; beyond, fused attention saves the memory
+# Hidden activations of a strip of the feed-forward network: 2 MiB stay in the cache.
+STRIP_ACTIVATIONS = 2**19
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,13 @@ SIZES = {
 
 
 def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[B, N, c] -> [B, c, h, w]."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    """[B, N, c] -> [B, c, h, w], channels last: the same memory, also for a single image."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def map_to_tokens(feature: Tensor) -> Tensor:
     """[B, c, h, w] -> [B, N, c]."""
     return feature.flatten(2).transpose(1, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V of [B, n, N, d], [B, n, M, d], [B, n, M, d] -> [B, n, N, d].
-
-    Spelled out where the logits are small: the fused kernel rounds otherwise, and the normalisation of weak
-    activation maps (division by a maximum near 0) blows that up beyond 1e-5 of the published numbers.
-    """
-    if query.shape[2] * key.shape[2] > SPELLED_OUT_LOGITS:
-        return F.scaled_dot_product_attention(query, key, value)
-    logits = (query @ key.transpose(2, 3)) * query.shape[3] ** -0.5
-    return logits.softmax(dim=3) @ value
 
 
 class PatchMerging(nn.Module):
@@ -101,15 +93,15 @@ class SpatialReductionAttention(nn.Module):
             self.reduction = nn.Conv2d(channels, channels, reduction, reduction)
             self.reduction_norm = nn.LayerNorm(channels, eps=1e-5)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens: Tensor, grid: tuple[int, int], *, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Attended tokens [B, N, c] with the queries [B, n, N, d] and keys [B, n, M, d] that made them."""
         source = tokens
         if self.reduction is not None:
             source = self.reduction_norm(map_to_tokens(self.reduction(tokens_to_map(tokens, grid))))
-        query = self.query(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        key, value = self.key_value(source).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = attend(query, key, value)
-        return self.output(attended.transpose(1, 2).flatten(2)), query, key
+        query = _apply(self.query, tokens, fast).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key, value = _apply(self.key_value, source, fast).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = kernels.attend(query, key, value, fast=fast)
+        return _apply(self.output, attended.transpose(1, 2).flatten(2), fast), query, key
 
 
 class MixFeedForward(nn.Module):
@@ -122,10 +114,33 @@ class MixFeedForward(nn.Module):
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.contract = nn.Linear(hidden, channels)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int], *, fast: bool) -> Tensor:
         """[B, N, c] -> [B, N, c]."""
-        hidden = self.depthwise(tokens_to_map(self.expand(tokens), grid))
-        return self.contract(F.gelu(map_to_tokens(hidden)))
+        if kernels.works_in_pieces(tokens, fast=fast):
+            return torch.cat([self._in_strips(image, grid) for image in tokens.unflatten(1, grid).split(1)])
+        return self._mix(tokens.unflatten(1, grid), 0, 0, fast).flatten(1, 2)
+
+    def _in_strips(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """One image [1, h, w, c] some rows at a time, each with a row more above and below for the convolution."""
+        height, width = grid
+        rows = max(1, STRIP_ACTIVATIONS // (width * self.expand.out_features))
+        strips = []
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            above, below = min(first, 1), min(height - last, 1)
+            strip = image[:, first - above : last + below]
+            if torch.is_grad_enabled():
+                mixed = checkpoint(self._mix, strip, above, below, True, use_reentrant=False, preserve_rng_state=False)
+            else:
+                mixed = self._mix(strip, above, below, True)
+            strips.append(mixed)
+        return torch.cat(strips, dim=1).flatten(1, 2)
+
+    def _mix(self, rows: Tensor, above: int, below: int, fast: bool) -> Tensor:
+        """[B, r, w, c] without so many rows above and below, which only the convolution looks at."""
+        hidden = self.depthwise(_apply(self.expand, rows, fast).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        hidden = hidden[:, above : hidden.shape[1] - below]
+        return _apply(self.contract, F.gelu(hidden), fast)
 
 
 class Block(nn.Module):
@@ -137,13 +152,13 @@ class Block(nn.Module):
         self.attention = SpatialReductionAttention(channels, heads, reduction)
         self.feed_forward_norm = nn.LayerNorm(channels, eps=1e-6)
         self.feed_forward = MixFeedForward(channels)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = StochasticDepth(drop_path)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens: Tensor, grid: tuple[int, int], *, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, N, c] with the queries and keys of the attention."""
-        attended, query, key = self.attention(self.attention_norm(tokens), grid)
+        attended, query, key = self.attention(self.attention_norm(tokens), grid, fast=fast)
         tokens = tokens + self.drop_path(attended)
-        tokens = tokens + self.drop_path(self.feed_forward(self.feed_forward_norm(tokens), grid))
+        tokens = tokens + self.drop_path(self.feed_forward(self.feed_forward_norm(tokens), grid, fast=fast))
         return tokens, query, key
 
 
@@ -156,14 +171,18 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, feature: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def forward(self, feature: Tensor, *, fast: bool, checkpointed: bool) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The stage's map [B, c, h, w] and the (queries, keys) of its last two blocks."""
         tokens, grid = self.merging(feature)
         queries_keys: list[tuple[Tensor, Tensor]] = []
         for block in self.blocks:
-            tokens, query, key = block(tokens, grid)
+            if checkpointed:
+                tokens, query, key = checkpoint(block, tokens, grid, fast=fast, use_reentrant=False)
+            else:
+                tokens, query, key = block(tokens, grid, fast=fast)
             queries_keys = [*queries_keys[-1:], (query, key)]
-        return tokens_to_map(self.norm(tokens), grid).contiguous(), queries_keys
+        feature = tokens_to_map(self.norm(tokens), grid)
+        return feature if fast else feature.contiguous(), queries_keys
 
 
 class MixTransformer(nn.Module):
@@ -175,6 +194,8 @@ class MixTransformer(nn.Module):
         super().__init__()
         self.channels = size.channels
         self.affinity_heads = HEADS[-1]
+        # Blocks keep their input alone for the gradient and run again in the backward pass.
+        self.gradient_checkpointing = False
         # Stochastic depth grows linearly over all blocks of the network.
         blocks_in_all = sum(size.depths)
         rates = iter(drop_path_rate * index / (blocks_in_all - 1) for index in range(blocks_in_all))
@@ -189,11 +210,13 @@ class MixTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> BackboneOutput:
         """Normalised image [B, 3, H, W] -> pyramid at strides 4, 8, 16, 16 and the last blocks' Q and K."""
+        fast = kernels.is_large(image)
+        checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         features = []
         queries_keys: list[tuple[Tensor, Tensor]] = []
         feature = image
         for stage in self.stages:
-            feature, queries_keys = stage(feature)
+            feature, queries_keys = stage(feature, fast=fast, checkpointed=checkpointed)
             features.append(feature)
         (query_a, key_a), (query_b, key_b) = queries_keys
         return BackboneOutput(
@@ -201,6 +224,10 @@ class MixTransformer(nn.Module):
             queries=(query_a, query_b),
             keys=(key_a, key_b),
         )
+
+
+def _apply(layer: nn.Linear, tokens: Tensor, fast: bool) -> Tensor:
+    return kernels.linear(tokens, layer.weight, layer.bias, fast=fast)
 
 
 def _initialise(module: nn.Module) -> None:

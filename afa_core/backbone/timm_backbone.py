@@ -17,16 +17,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import timm
 import torch
-from timm.layers import apply_rot_embed_cat
-from timm.models.eva import Eva
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from afa_core.backbone.features import BackboneOutput
+from afa_core.backbone.torchvision_ops import declare_missing_operators
 from afa_core.errors import InputError
+
+declare_missing_operators()  # before timm is imported
+
+import timm  # noqa: E402
+from timm.layers import apply_rot_embed_cat  # noqa: E402
+from timm.models.eva import Eva  # noqa: E402
+from timm.models.pvt_v2 import PyramidVisionTransformerV2  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 Call = tuple[Tensor, Tensor | None]  # what an attention module was called with: tokens and rotary code
 

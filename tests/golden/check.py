@@ -25,12 +25,13 @@ import reference_weights
 
 from afa_core import par
 from afa_core.affinity import label_to_affinity_label, window_mask
-from afa_core.cam import cam_to_label, multi_scale_cam, valid_cam
+from afa_core.cam import cam_to_label, multi_scale_cam
 from afa_core.config import CamConfig, LossConfig, ModelConfig, ParConfig
 from afa_core.data.transforms import denormalise_to_unit, normalise
 from afa_core.losses import affinity_loss
 from afa_core.model import AFANet, build_model
 from afa_core.optim import parameter_groups
+from afa_core.packing import Packing
 from afa_core.pseudo_label import make_pseudo_label, propagate_cam
 from afa_core.published import import_published
 from afa_core.segmentation import multi_scale_segmentation
@@ -159,12 +160,13 @@ class Case:
         yield "cam_multiscale", "absolute", cam.cam
         yield "affinity_largest_scale", "absolute", torch.cat([cam.affinity, mirrored.affinity])
         yield "grid_largest_scale", "exact", torch.tensor(cam.grid)
-        yield "cam_valid", "absolute", valid_cam(cam.cam, self.cls_label)
-        yield "cam_label_plain", "labels", cam_to_label(cam.cam, self.cls_label, config.background_score)
+        labelled = multi_scale_cam(self.model, self.image, config.scales, Packing.of(self.cls_label))
+        yield "cam_valid", "absolute", labelled.packing.unpack(labelled.cam)
+        yield "cam_label_plain", "labels", cam_to_label(labelled.cam, labelled.packing, config.background_score)
         band = (config.background_score_low, config.background_score_high)
-        yield "cam_label_ignore_mid", "labels", cam_to_label(cam.cam, self.cls_label, band, self.boxes)
+        yield "cam_label_ignore_mid", "labels", cam_to_label(labelled.cam, labelled.packing, band, self.boxes)
         for name, score in zip(("propagated_low", "propagated_high"), band, strict=True):
-            yield name, "absolute", propagate_cam(cam, self.cls_label, score, config)
+            yield name, "absolute", labelled.packing.unpack(propagate_cam(labelled, score, config))
 
     def _pseudo_labels(self) -> Iterator[tuple[str, str, Tensor]]:
         made = make_pseudo_label(

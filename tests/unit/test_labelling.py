@@ -53,8 +53,7 @@ def test_doubts_of_a_known_case() -> None:
     """Four columns: both say background, they differ, both say disc, ignored by the maps."""
     cam = torch.tensor([[0, 0, 1, 255]]).repeat(4, 1)
     segmentation = torch.tensor([[0, 1, 1, 1]]).repeat(4, 1)
-    share = torch.full((3, 4, 4), 0.25)
-    share[0] = 0.5
+    share = torch.where(cam == 0, 0.5, 0.25)
     changes = torch.zeros(4, 4, dtype=torch.bool)
     changes[0] = True
     opinions = Opinions(cam, share, cam, segmentation, changes, ("disc", "ring"))
@@ -74,7 +73,7 @@ def test_doubts_of_a_known_case() -> None:
 
 def test_a_picture_in_which_nothing_was_found_is_looked_at_before_one_that_is_sure() -> None:
     empty = torch.zeros(4, 4, dtype=torch.int64)
-    opinions = Opinions(empty, torch.ones(3, 4, 4), empty, empty, None, ())
+    opinions = Opinions(empty, torch.ones(4, 4), empty, empty, None, ())
     pixels = empty.numpy().astype(np.uint8)
     nothing_found = describe(opinions, pixels, ("disc", "ring"), (), None)
     known_to_be_empty = describe(opinions, pixels, ("disc", "ring"), (), [])

@@ -13,7 +13,8 @@ from afa_core.cam import MultiScaleCam, cam_to_label, evaluation_mode, multi_sca
 from afa_core.classes import IGNORE_INDEX
 from afa_core.config import CamConfig, ModelConfig, ParConfig
 from afa_core.model import AFANet
-from afa_core.pseudo_label import make_pseudo_label, refine_cam, softmax_over_valid
+from afa_core.packing import Packing
+from afa_core.pseudo_label import ShrunkenCrops, make_pseudo_label, refine_cam, softmax_over_valid
 
 SMALL_PAR = ParConfig(dilations=(1, 2), iterations=3)
 
@@ -107,11 +108,13 @@ def test_a_walk_fills_a_region_of_equal_affinity() -> None:
 
 def test_cam_label_thresholds_and_boxes() -> None:
     cam = torch.tensor([[[[0.2, 0.4, 0.5, 0.9]], [[0.9, 0.9, 0.9, 0.9]]]])
-    tags = torch.tensor([[1.0, 0.0]])  # the second class is not there, however strong
-    assert cam_to_label(cam, tags, 0.45).tolist() == [[[0, 0, 1, 1]]]
-    assert cam_to_label(cam, tags, (0.35, 0.55)).tolist() == [[[0, 255, 255, 1]]]
-    assert cam_to_label(cam, tags, 0.45, torch.tensor([[0, 1, 1, 3]])).tolist() == [[[255, 0, 1, 255]]]
-    assert cam_to_label(cam, torch.zeros(1, 2), 0.45).tolist() == [[[0, 0, 0, 0]]]
+    tags = Packing.of(torch.tensor([[1.0, 0.0]]))  # the second class is not there, however strong
+    maps = tags.pack(cam)
+    assert cam_to_label(maps, tags, 0.45).tolist() == [[[0, 0, 1, 1]]]
+    assert cam_to_label(maps, tags, (0.35, 0.55)).tolist() == [[[0, 255, 255, 1]]]
+    assert cam_to_label(maps, tags, 0.45, torch.tensor([[0, 1, 1, 3]])).tolist() == [[[255, 0, 1, 255]]]
+    none = Packing.of(torch.zeros(1, 2))
+    assert cam_to_label(none.pack(cam), none, 0.45).tolist() == [[[0, 0, 0, 0]]]
 
 
 def test_multi_scale_cam_is_mirror_symmetric_and_leaves_the_mode() -> None:
@@ -132,7 +135,8 @@ def test_multi_scale_cam_is_mirror_symmetric_and_leaves_the_mode() -> None:
 
 
 def test_softmax_gives_nothing_to_classes_without_a_tag() -> None:
-    probability = softmax_over_valid(torch.rand(2, 3, 4, 4), torch.tensor([[1.0, 0, 0], [0, 0, 0]]), 0.4)
+    packing = Packing.of(torch.tensor([[1.0, 0, 0], [0, 0, 0]]))
+    probability = packing.unpack(softmax_over_valid(packing.pack(torch.rand(2, 3, 4, 4)), packing, 0.4))
     torch.testing.assert_close(probability.sum(1), torch.ones(2, 4, 4))
     assert probability[0, 2:].abs().max() == 0
     assert probability[1, 0].min() == 1
@@ -149,10 +153,13 @@ def test_refined_labels_are_tags_background_or_ignored(
         torch.rand(1, 3, height, width, generator=generator),
     )
     boxes = torch.tensor([[0, height, 0, width // 2]])
-    maps = refine_cam(image, cam, torch.tensor([[1.0, 0.0, 1.0]]), boxes, (low, high), SMALL_PAR)
+    packing = Packing.of(torch.tensor([[1.0, 0.0, 1.0]]))
+    crops = ShrunkenCrops(image, SMALL_PAR)
+    packed = MultiScaleCam(packing.pack(cam), torch.zeros(1, 1, 1), (1, 1), packing)
+    maps = refine_cam(crops, packed, boxes, (low, high))
     assert set(maps.label.unique().tolist()) <= {0, 1, 3, IGNORE_INDEX}
     assert (maps.label[:, :, width // 2 :] == IGNORE_INDEX).all()
-    decided = refine_cam(image, cam, torch.tensor([[1.0, 0.0, 1.0]]), boxes, (low, low), SMALL_PAR)
+    decided = refine_cam(crops, packed, boxes, (low, low))
     assert (decided.label[:, :, : width // 2] != IGNORE_INDEX).all()
 
 

@@ -1,0 +1,107 @@
+"""The fast way of the backbone against the exact one: products, attention, strips, whole passes and their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from afa_core.backbone import kernels
+from afa_core.backbone.mit import MixFeedForward, MixTransformer
+from afa_core.cam import multi_scale_cam
+from afa_core.config import ModelConfig
+from afa_core.model import AFANet
+from afa_core.packing import Packing
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_a_fast_product_and_its_gradients_are_those_of_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    tokens, weight, bias = torch.randn(2, 5, 7, 24), torch.randn(40, 24), torch.randn(40)
+    results = []
+    for fast in (False, True):
+        leaves = [value.clone().requires_grad_() for value in (tokens, weight, bias)]
+        result = kernels.linear(*leaves, fast=fast)
+        (result * torch.linspace(0, 1, 40)).sum().backward()
+        results.append([result, *(leaf.grad for leaf in leaves)])
+    for exact, fast_result in zip(*results, strict=True):
+        torch.testing.assert_close(fast_result, exact, atol=1e-4, rtol=1e-5)
+
+
+def test_fast_products_are_left_to_torch_where_onednn_has_none() -> None:
+    tokens, weight = torch.randn(3, 8).double(), torch.randn(4, 8).double()
+    assert torch.equal(kernels.linear(tokens, weight, None, fast=True), F.linear(tokens, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.linear(tokens.float(), weight.float(), None, fast=True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 50, 8, 11), (1, 1, 700, 16, 1200)])
+def test_attention_in_pieces_is_attention(
+    shape: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, heads, length, channels, keys = shape
+    monkeypatch.setattr(kernels, "PIECE_LOGITS", 300 * 1200)
+    query = torch.randn(batch, length, heads, channels).transpose(1, 2)
+    key, value = (torch.randn(batch, keys, heads, channels).transpose(1, 2) for _ in range(2))
+    with torch.no_grad():
+        fast = kernels.attend(query, key, value, fast=True)
+    torch.testing.assert_close(fast, kernels.attend(query, key, value, fast=False), atol=1e-5, rtol=1e-5)
+
+
+def test_a_feed_forward_in_strips_is_the_whole_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = MixFeedForward(8)
+    monkeypatch.setattr("afa_core.backbone.mit.STRIP_ACTIVATIONS", 3 * 6 * 32)  # three rows of six tokens
+    tokens = torch.randn(2, 7 * 6, 8)
+    results = []
+    for fast in (False, True):
+        leaf = tokens.clone().requires_grad_()
+        layer.zero_grad()
+        mixed = layer(leaf, (7, 6), fast=fast)
+        mixed.square().sum().backward()
+        results.append([mixed, leaf.grad, *gradients(layer)])
+    for exact, strips in zip(*results, strict=True):
+        torch.testing.assert_close(strips, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_fast_passes_keep_the_tolerances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features and logits 1e-4 relative, maps of labelled classes and affinity 1e-5, gradients 1e-3."""
+    torch.manual_seed(0)
+    model = AFANet(ModelConfig(backbone="mit_b0", drop_path_rate=0.0, decoder_dropout=0.0), 6).eval()
+    image = torch.randn(2, 3, 96, 128)
+    packing = Packing.of(torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1.0, 0, 0, 0, 0]]))
+    results = []
+    for threshold in (2**62, 0):
+        monkeypatch.setattr(kernels, "FAST_FROM_PIXELS", threshold)
+        cam = multi_scale_cam(model, image, (1.0, 0.5, 1.5), packing)
+        output = model(image)
+        model.zero_grad()
+        (output.class_logits.sum() + output.seg_logits.square().mean() + output.affinity.mean()).backward()
+        norm = torch.stack([gradient.norm() for gradient in gradients(model)]).norm()
+        results.append((output, cam, norm))
+    (exact, exact_cam, exact_norm), (fast, fast_cam, fast_norm) = results
+    for mine, reference in zip(fast.backbone.features, exact.backbone.features, strict=True):
+        assert (mine - reference).abs().max() < 1e-4 * reference.abs().max()
+    torch.testing.assert_close(fast.seg_logits, exact.seg_logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast_cam.cam, exact_cam.cam, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fast_cam.affinity, exact_cam.affinity, atol=1e-5, rtol=0)
+    assert float(fast_norm) == pytest.approx(float(exact_norm), rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_memory_alone() -> None:
+    torch.manual_seed(0)
+    model = AFANet(ModelConfig(backbone="mit_tiny", drop_path_rate=0.5), 3).train()
+    image = torch.randn(2, 3, 64, 64)
+    assert isinstance(model.backbone, MixTransformer)
+    results = []
+    for checkpointed in (False, True):
+        model.backbone.gradient_checkpointing = checkpointed
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(image).class_logits.sum().backward()
+        results.append(gradients(model.backbone))
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
