@@ -2,7 +2,7 @@
 
     unit     what is committed whole, some 64 pictures
     block    up to BLOCK_UNITS neighbours: what Ray hands to a worker, at 10 ms of the driver's time and 10 KiB
-    window   up to MAX_BLOCKS blocks (more with many workers): what the driver holds at a time
+    window   up to MAX_BLOCKS blocks, or BLOCKS_PER_WORKER for each: what the driver holds at a time
 
 An execution keeps the references, rows and statistics of all its blocks to its end, so its size has to be bounded; a
 window of 4 million pictures is also long enough for the start of its workers not to matter.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -57,17 +58,12 @@ def find_pool(workers: int | None, *, use_gpu: bool) -> Pool:
 
 def in_windows(units: Iterable[Unit], workers: int) -> Iterator[list[Unit]]:
     """Units in order, as many at a time as the driver is to hold."""
-    return batched(units, most_blocks(workers) * BLOCK_UNITS)
+    return batched(units, max(MAX_BLOCKS, BLOCKS_PER_WORKER * workers) * BLOCK_UNITS)
 
 
-def block_count(units: int, workers: int) -> int:
-    """Blocks of a window of so many units: one each while they are few."""
-    return min(units, most_blocks(workers))
-
-
-def most_blocks(workers: int) -> int:
-    """Blocks of a full window."""
-    return max(MAX_BLOCKS, BLOCKS_PER_WORKER * workers)
+def block_count(units: int) -> int:
+    """Blocks of a window of so many units: one each while they are few, then longer ones, then more of them."""
+    return min(units, max(MAX_BLOCKS, math.ceil(units / BLOCK_UNITS)))
 
 
 def run_units(
@@ -92,7 +88,7 @@ def run_units(
 
 
 def _run_window(window: list[Unit], job: LabelJob, pool: Pool, actor: type[Any]) -> Iterator[UnitResult]:
-    blocks = block_count(len(window), pool.workers)
+    blocks = block_count(len(window))
     rows = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in window]
     results = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         actor,
