@@ -30,6 +30,7 @@ from workers import Workers
 from pipelines import label_windows
 from pipelines.inventory import HEAD, generation_folder
 from pipelines.label_inputs import StageSeconds
+from pipelines.label_leftovers import leftovers
 from pipelines.label_plan import Plan, count_plan
 from pipelines.label_set import (
     LABELS,
@@ -37,7 +38,6 @@ from pipelines.label_set import (
     Counts,
     Marker,
     committed_table,
-    leftovers,
     scratch_table,
     waiting_units,
 )
