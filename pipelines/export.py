@@ -20,7 +20,7 @@ from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.export_folder import unfinished_folder
 from pipelines.export_formats.exporter import Exporter, ExportJob
-from pipelines.inventory import list_generations, load_units
+from pipelines.inventory import list_generations
 from pipelines.label_pictures import LabelledPicture, labelled_pictures
 from pipelines.label_set import committed_names, committed_units, count_rows, find_run, load_run
 from pipelines.label_sources import absolute_source
@@ -182,8 +182,8 @@ def export_label(exporter: Exporter, label: LabelledPicture, exported: Exported)
 
 def unlabelled(run_uri: str) -> list[str]:
     """A line about units that have no labels yet, if there are any."""
-    units = sum(len(load_units(run_uri, generation)) for generation in list_generations(run_uri))
-    missing = units - len(committed_names(run_uri))
+    units = sum(generation.units for generation in list_generations(run_uri))
+    missing = units - sum(1 for _ in committed_names(run_uri))
     return [f"{missing} of {units} units are not labelled yet: afa label goes on with them"] if missing > 0 else []
 
 

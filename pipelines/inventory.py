@@ -29,12 +29,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afa_core.data.sample import BadSample, check_key
-from infra.object_store import find_object, join, read_object, remove_folder, write_object
+from infra.object_store import find_object, join, read_object, remove_folder, write_file, write_object
+from pipelines.batched import batched
 from pipelines.label_sources import SHARD_SUFFIX, Listed
+from pipelines.unit_table import UNITS, Unit, UnitTableWriter, part_name, read_units
 
 INVENTORY = "inventory"
 HEAD = "inventory.json"
-UNITS = "units.parquet"
 UNITS_PER_PART = 64
 ROWS = pa.schema(
     [
@@ -46,17 +47,6 @@ ROWS = pa.schema(
         ("problem", pa.string()),
     ]
 )
-UNIT_ROWS = pa.schema([("name", pa.string()), ("part", pa.int32()), ("row_group", pa.int32()), ("inputs", pa.int32())])
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is scheduled, retried, committed and resumed: a row group of an inventory part."""
-
-    name: str
-    part_uri: str
-    row_group: int
-    inputs: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,8 @@ class InventoryWriter:
             """
         )
         self._database.execute(f"PRAGMA temp_store_directory = '{scratch}'")
+        self._scratch = scratch
+        self.gathered = 0
         self.skipped = 0
 
     def close(self) -> None:
@@ -104,6 +96,7 @@ class InventoryWriter:
                     self.skipped += 1
                     continue
                 tags = None if item.tags is None else json.dumps(item.tags)
+                self.gathered += 1
                 yield item.key, item.uri, item.size, item.etag, tags, item.problem
 
         self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", rows())
@@ -150,27 +143,27 @@ class InventoryWriter:
             unit_size: most inputs of a unit.
             unit_bytes: from so many bytes on a unit is full.
         """
-        folder = join(join(run_uri, INVENTORY), name)
+        folder = generation_folder(run_uri, name)
         remove_folder(folder)  # what a listing that was cut off has left
-        units: list[dict[str, Any]] = []
-        inputs = 0
-        for part, cuts in enumerate(_in_parts(_cut(self.new_rows(), unit_size, unit_bytes))):
-            buffer = io.BytesIO()
-            with pq.ParquetWriter(buffer, ROWS) as writer:
-                for row_group, rows in enumerate(cuts):
-                    writer.write_table(_table(rows), row_group_size=len(rows))
-                    unit = f"{name}-{len(units):06d}-{unit_digest(identity, rows)}"
-                    units.append({"name": unit, "part": part, "row_group": row_group, "inputs": len(rows)})
-                    inputs += len(rows)
-            write_object(join(folder, _part_name(part)), buffer.getvalue())
-        if not units:
-            return Generation(name, kind, 0, 0, self.skipped)
-        table = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(units, schema=UNIT_ROWS), table)
-        write_object(join(folder, UNITS), table.getvalue())
-        head = {"kind": kind, "inputs": inputs, "units": len(units), "skipped": self.skipped, "time": time.time()}
-        write_object(join(folder, HEAD), (json.dumps(head, indent=2, sort_keys=True) + "\n").encode())
-        return Generation(name, kind, inputs, len(units), self.skipped)
+        table = self._scratch / UNITS
+        # As many digits as the last unit can need, so that a store lists the units' files in the units' order.
+        digits = max(6, len(str(self.gathered)))
+        with UnitTableWriter(table) as units:
+            cuts = batched(_cut(self.new_rows(), unit_size, unit_bytes), UNITS_PER_PART)
+            for part, in_part in enumerate(cuts):
+                buffer = io.BytesIO()
+                with pq.ParquetWriter(buffer, ROWS) as writer:
+                    for row_group, rows in enumerate(in_part):
+                        writer.write_table(_table(rows), row_group_size=len(rows))
+                        unit = f"{name}-{units.units:0{digits}d}-{unit_digest(identity, rows)}"
+                        units.add(unit, part, row_group, len(rows))
+                write_object(join(folder, part_name(part)), buffer.getvalue())
+        if units.units:
+            write_file(join(folder, UNITS), table)
+            head = {"kind": kind, "inputs": units.inputs, "units": units.units, "skipped": self.skipped}
+            text = json.dumps(head | {"time": time.time()}, indent=2, sort_keys=True) + "\n"
+            write_object(join(folder, HEAD), text.encode())
+        return Generation(name, kind, units.inputs, units.units, self.skipped)
 
 
 def unit_digest(identity: str, rows: Iterable[Listed]) -> str:
@@ -198,11 +191,14 @@ def generation_name(number: int) -> str:
     return f"{number:04d}"
 
 
-def load_units(run_uri: str, generation: Generation) -> list[Unit]:
-    """The units of a generation, in key order."""
-    folder = join(join(run_uri, INVENTORY), generation.name)
-    rows = pq.read_table(io.BytesIO(read_object(join(folder, UNITS))[0])).to_pylist()
-    return [Unit(row["name"], join(folder, _part_name(row["part"])), row["row_group"], row["inputs"]) for row in rows]
+def generation_folder(run_uri: str, name: str) -> str:
+    """Where a generation lies."""
+    return join(join(run_uri, INVENTORY), name)
+
+
+def load_units(run_uri: str, generation: Generation) -> Iterator[Unit]:
+    """The units of a generation, in key order, with memory that does not grow with their number."""
+    return read_units(generation_folder(run_uri, generation.name))
 
 
 def unit_rows(unit: Unit) -> list[Listed]:
@@ -212,7 +208,7 @@ def unit_rows(unit: Unit) -> list[Listed]:
 
 def inventory_rows(run_uri: str, generation: Generation) -> Iterator[Listed]:
     """Every input of a generation, in key order."""
-    for part_uri in dict.fromkeys(unit.part_uri for unit in load_units(run_uri, generation)):
+    for part_uri, _ in itertools.groupby(load_units(run_uri, generation), lambda unit: unit.part_uri):
         file = pq.ParquetFile(io.BytesIO(read_object(part_uri)[0]))
         for row_group in range(file.num_row_groups):
             yield from _listed(file.read_row_group(row_group))
@@ -242,15 +238,6 @@ def _cut(rows: Iterable[Listed], unit_size: int, unit_bytes: int) -> Iterator[li
 def is_shard(row: Listed) -> bool:
     """Whether an input is a tar of samples."""
     return row.uri.lower().endswith(SHARD_SUFFIX)
-
-
-def _in_parts(units: Iterator[list[Listed]]) -> Iterator[list[list[Listed]]]:
-    while part := list(itertools.islice(units, UNITS_PER_PART)):
-        yield part
-
-
-def _part_name(part: int) -> str:
-    return f"part-{part:05d}.parquet"
 
 
 def _table(rows: list[Listed]) -> pa.Table:

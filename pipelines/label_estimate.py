@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.inventory import Unit
 from pipelines.label_inputs import StageSeconds
+from pipelines.label_plan import Plan
 from pipelines.label_units import UnitWriter
 from pipelines.labeller import LabelJob, Labeller
+from pipelines.unit_table import Unit
 
 SAMPLE_S = 60.0
 SAMPLED_UNITS = 32
@@ -29,34 +31,34 @@ class Sample:
     finished_images: int = 0
 
 
-def describe_plan(job: LabelJob, units: list[Unit], waiting: list[Unit], workers: int | None) -> str:
+def describe_plan(job: LabelJob, plan: Plan, waiting: Iterator[Unit], workers: int | None) -> str:
     """Inputs, units and the estimated time."""
-    lines = [f"plan: {sum(unit.inputs for unit in units)} inputs in {len(units)} units, {len(waiting)} units to do"]
-    if not waiting:
+    lines = [f"plan: {plan.inputs} inputs in {plan.units} units, {plan.waiting_units} units to do"]
+    if not plan.waiting_units:
         return lines[0]
     workers = workers or torch.cuda.device_count() or os.cpu_count() or 1
-    sample = take_sample(job, waiting, workers)
+    step = max(1, plan.waiting_units // SAMPLED_UNITS)
+    sample = take_sample(job, itertools.islice(waiting, 0, None, step), workers)
     rate = sample.images / sample.seconds * workers
     lines.append(
         f"sample: {sample.images} pictures in {sample.seconds:.0f} s on one of {workers} workers of this machine,"
         f" {rate:.1f} images/s with all of them"
     )
     if sample.finished_inputs:
-        images = sum(unit.inputs for unit in waiting) * sample.finished_images / sample.finished_inputs
+        images = plan.waiting_inputs * sample.finished_images / sample.finished_inputs
         lines.append(f"estimated time: {duration(images / rate)} for about {images:.0f} pictures")
     else:
         lines.append("estimated time: unknown, the first unit takes more than a minute")
     return "\n".join([*lines, "nothing was written"])
 
 
-def take_sample(job: LabelJob, waiting: list[Unit], workers: int) -> Sample:
+def take_sample(job: LabelJob, units: Iterator[Unit], workers: int) -> Sample:
     """Label units from all over the store for a minute, with the threads that a worker will have."""
     sample = Sample()
-    step = max(1, len(waiting) // SAMPLED_UNITS)
     with threads(max(1, (os.cpu_count() or 1) // workers)):
         labeller = Labeller(job)
         started = time.monotonic()
-        for unit in waiting[::step]:
+        for unit in units:
             images = 0
             for count in labeller.label_batches(unit, UnitWriter(job.run, unit.name), StageSeconds()):
                 images += count

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from afa_core.errors import InputError
 from infra.errors import ServiceError
 from infra.object_store import S3, find_object, join, list_objects
+from pipelines.batched import batched
 from pipelines.errors import UsageError
 from pipelines.inventory import (
     Generation,
@@ -23,23 +25,53 @@ from pipelines.inventory import (
     generation_name,
     inventory_rows,
     list_generations,
-    load_units,
 )
 from pipelines.label_set import (
+    NAMES_AHEAD,
     RUN_FILE,
     RUN_PREFIX,
     SCHEMA_VERSION,
-    committed_names,
+    committed_table,
     committed_units,
     list_runs,
     load_run,
+    scratch_table,
+    split_units,
     write_json,
 )
 from pipelines.label_sources import Listed, list_source
 from pipelines.labeller import LabelJob
+from pipelines.scratch_table import ScratchTable
 
 # A unit is full from so many bytes on, however few pictures they are.
 UNIT_BYTES = 256 * 10**6
+
+
+@dataclass
+class Plan:
+    """How much there is to do."""
+
+    inputs: int = 0
+    units: int = 0
+    waiting_inputs: int = 0
+    waiting_units: int = 0
+
+    @property
+    def done_units(self) -> int:
+        return self.units - self.waiting_units
+
+
+def count_plan(run: str, done: ScratchTable) -> Plan:
+    """Count the units of a run, and those that are not committed yet."""
+    plan = Plan()
+    for generation in list_generations(run):
+        for unit, committed in split_units(run, generation, done):
+            plan.inputs += unit.inputs
+            plan.units += 1
+            if not committed:
+                plan.waiting_inputs += unit.inputs
+                plan.waiting_units += 1
+    return plan
 
 
 def check_output(output: str, source: str) -> None:
@@ -128,12 +160,15 @@ def _listed(source: str, output: str) -> Iterator[Listed | None]:
 
 def _quarantined(run: str) -> Iterator[Listed]:
     """Inventory rows with a quarantined label, as they stand in the newest generation that has them."""
-    wanted = {row["input"] for unit in committed_units(run, ["status"]) for row in unit.rows if row["status"] != "ok"}
-    for generation in reversed(list_generations(run)):
-        for row in inventory_rows(run, generation):
-            if row.key in wanted and not row.problem:
-                wanted.discard(row.key)
-                yield _as_it_is_now(row)
+    with scratch_table("quarantined") as wanted:
+        for unit in committed_units(run, ["status"]):
+            wanted.put((row["input"], True) for row in unit.rows if row["status"] != "ok")
+        for generation in reversed(list_generations(run)):
+            for rows in batched(inventory_rows(run, generation), NAMES_AHEAD):
+                found = wanted.get([row.key for row in rows])
+                again = [row for row in rows if found.get(row.key) and not row.problem]
+                wanted.put((row.key, False) for row in again)  # older rows of the same key are passed over
+                yield from map(_as_it_is_now, again)
 
 
 def _as_it_is_now(row: Listed) -> Listed:
@@ -146,5 +181,7 @@ def _as_it_is_now(row: Listed) -> Listed:
 
 
 def _unfinished_retry(run: str, generations: list[Generation]) -> bool:
-    done = committed_names(run)
-    return generations[-1].kind == "retry" and any(unit.name not in done for unit in load_units(run, generations[-1]))
+    if generations[-1].kind != "retry":
+        return False
+    with committed_table(run) as done:
+        return any(not committed for _, committed in split_units(run, generations[-1], done))

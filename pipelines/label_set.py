@@ -15,12 +15,14 @@ import collections
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +30,6 @@ import pyarrow.parquet as pq
 
 from infra.object_store import (
     CONNECTIONS,
-    delete_object,
     find_object,
     join,
     list_folders,
@@ -36,8 +37,11 @@ from infra.object_store import (
     read_object,
     write_object,
 )
+from pipelines.batched import batched
 from pipelines.errors import UsageError
-from pipelines.inventory import inventory_rows, list_generations, load_units
+from pipelines.inventory import Generation, inventory_rows, list_generations, load_units
+from pipelines.scratch_table import ScratchTable
+from pipelines.unit_table import Unit
 
 SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
@@ -46,6 +50,7 @@ LABELS = "labels"
 MARKER = ".done.json"
 UNKNOWN_TAGS = 50
 MARKERS_AHEAD = 4 * CONNECTIONS
+NAMES_AHEAD = 4096
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -172,9 +177,37 @@ def label_uri(run: str, name: str) -> str:
     return join(run, f"{LABELS}/{name}")
 
 
-def committed_names(run: str) -> set[str]:
-    """Names of the units that have their marker."""
-    return {name.removesuffix(MARKER) for name in label_files(run) if name.endswith(MARKER)}
+def committed_names(run: str) -> Iterator[str]:
+    """Names of the units that have their marker, in any order."""
+    return (name.removesuffix(MARKER) for name in label_files(run) if name.endswith(MARKER))
+
+
+@contextmanager
+def committed_table(run: str) -> Iterator[ScratchTable]:
+    """The names of the committed units, on disk: there may be tens of millions."""
+    with scratch_table("committed") as done:
+        done.put((name, None) for name in committed_names(run))
+        yield done
+
+
+@contextmanager
+def scratch_table(name: str) -> Iterator[ScratchTable]:
+    """A table in a scratch folder of its own."""
+    with tempfile.TemporaryDirectory(prefix=f"afa-{name}-") as scratch, ScratchTable(Path(scratch), name) as table:
+        yield table
+
+
+def split_units(run: str, generation: Generation, done: ScratchTable) -> Iterator[tuple[Unit, bool]]:
+    """The units of a generation in order, each with whether it is committed."""
+    for units in batched(load_units(run, generation), NAMES_AHEAD):
+        there = done.get([unit.name for unit in units])
+        yield from ((unit, unit.name in there) for unit in units)
+
+
+def waiting_units(run: str, done: ScratchTable) -> Iterator[Unit]:
+    """Every unit of a run that is not committed, in order."""
+    for generation in list_generations(run):
+        yield from (unit for unit, committed in split_units(run, generation, done) if not committed)
 
 
 def label_files(run: str) -> Iterator[str]:
@@ -193,9 +226,8 @@ def load_marker(run: str, unit: str) -> Marker:
 
 def load_markers(run: str, units: Iterable[str]) -> Iterator[Marker]:
     """The markers of committed units, in order, read several at a time."""
-    remaining = iter(units)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        while some := list(itertools.islice(remaining, MARKERS_AHEAD)):
+        for some in batched(units, MARKERS_AHEAD):
             yield from pool.map(lambda unit: load_marker(run, unit), some)
 
 
@@ -232,17 +264,18 @@ def committed_units(run: str, columns: list[str] | None = None) -> Iterator[Comm
         run: URI of the run.
         columns: of the rows; None: all of ``MANIFEST``. ``key`` and ``input`` are always there.
     """
-    done = committed_names(run)
     wanted = None if columns is None else list(dict.fromkeys(["key", "input", *columns]))
-    replaced: set[str] = set()
     generations = list_generations(run)
-    for generation in reversed(generations):
-        names = [unit.name for unit in load_units(run, generation) if unit.name in done]
-        for marker in load_markers(run, names):
-            table = pq.read_table(io.BytesIO(read_object(label_uri(run, marker.rows))[0]), columns=wanted)
-            yield CommittedUnit(run, marker, [row for row in table.to_pylist() if row["input"] not in replaced])
-        if generation is not generations[0]:
-            replaced.update(row.key for row in inventory_rows(run, generation))
+    with committed_table(run) as done, scratch_table("replaced") as replaced:
+        for generation in reversed(generations):
+            names = (unit.name for unit, committed in split_units(run, generation, done) if committed)
+            for marker in load_markers(run, names):
+                table = pq.read_table(io.BytesIO(read_object(label_uri(run, marker.rows))[0]), columns=wanted)
+                rows = table.to_pylist()
+                gone = replaced.get([row["input"] for row in rows])
+                yield CommittedUnit(run, marker, [row for row in rows if row["input"] not in gone])
+            if generation is not generations[0]:
+                replaced.put((row.key, None) for row in inventory_rows(run, generation))
 
 
 def count_rows(run: str) -> Counts:
@@ -258,13 +291,3 @@ def count_rows(run: str) -> Counts:
         total.add(Counts(len(unit.rows), labels, dict(collections.Counter(quarantined))))
         total.see_unknown(tag for row in unit.rows for tag in row["unknown_tags"] or ())
     return total
-
-
-def remove_leftovers(run: str) -> int:
-    """Delete what no marker names: files of attempts that were cut off. Only for who holds the run's lease."""
-    markers = load_markers(run, committed_names(run))
-    wanted = {name for marker in markers for name in (marker.tar, marker.rows, f"{marker.unit}{MARKER}")}
-    leftovers = [name for name in label_files(run) if name not in wanted]
-    for name in leftovers:
-        delete_object(label_uri(run, name))
-    return len(leftovers)

@@ -20,10 +20,11 @@ from afa_core.labelling import label_working_pictures
 from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
 from infra.object_store import find_object
-from pipelines.inventory import Unit, unit_rows
+from pipelines.inventory import unit_rows
 from pipelines.label_inputs import Input, StageSeconds, read_inputs
 from pipelines.label_set import MARKER, Counts, label_uri, load_marker
 from pipelines.label_units import UnitWriter
+from pipelines.unit_table import Unit
 
 
 @dataclasses.dataclass(frozen=True)

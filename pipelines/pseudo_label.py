@@ -1,8 +1,8 @@
 """``afa label``: write refined masks for a store of pictures or shards, as a Ray Data job.
 
 The store is listed once into an inventory, which is cut into work units (``inventory``); actors that each hold the
-model take one unit at a time from reading to commit (``labeller``). Running the same command again does only the units
-that are missing.
+model take one unit at a time from reading to commit (``labeller``), and the driver holds a window of them at a time
+(``label_windows``). Running the same command again does only the units that are missing.
 """
 
 from __future__ import annotations
@@ -10,34 +10,30 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import ray
-import ray.data
 from tqdm import tqdm
 
 from afa_core.checkpoint import load_bundle
-from infra.errors import ServiceError
 from pipelines.cli import stage_main
 from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
-from pipelines.inventory import Unit, list_generations, load_units
+from pipelines.inventory import list_generations
 from pipelines.label_estimate import describe_plan
+from pipelines.label_leftovers import remove_leftovers
 from pipelines.label_options import add_label_options, config_digest, label_config
-from pipelines.label_plan import add_generations, check_output, open_run
-from pipelines.label_set import Counts, committed_names, count_rows, remove_leftovers, run_uri
+from pipelines.label_plan import Plan, add_generations, check_output, count_plan, open_run
+from pipelines.label_set import Counts, committed_table, count_rows, run_uri, waiting_units
 from pipelines.label_sources import absolute_source, check_source
-from pipelines.labeller import LabelJob, Labeller, UnitResult, result_from_json
-from pipelines.local_ray import processor_share, start_ray
+from pipelines.label_windows import run_units
+from pipelines.labeller import LabelJob, UnitResult
+from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
-
-# Every block costs the driver 10 ms and 10 KiB. With more units than this, a block is several of them in a row.
-MAX_BLOCKS = 4096
+from pipelines.unit_table import Unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +83,18 @@ def label(arguments: argparse.Namespace, job: LabelJob, source: str, output: str
     with DriverLease(job.run):
         add_generations(job, source, output, arguments)
         open_run(job, source)
-        units, waiting = planned_units(job.run)
-        if len(waiting) < len(units):
-            print(f"{len(units) - len(waiting)} of {len(units)} units are done already", flush=True)
-        started = time.monotonic()
-        results = label_units(waiting, job, arguments.workers, use_gpu=arguments.use_gpu)
+        with committed_table(job.run) as done:
+            plan = count_plan(job.run, done)
+            if plan.done_units:
+                print(f"{plan.done_units} of {plan.units} units are done already", flush=True)
+            started = time.monotonic()
+            outcome = label_units(waiting_units(job.run, done), plan, job, arguments)
         seconds = time.monotonic() - started
         remove_leftovers(job.run)
-    print(summary(count_rows(job.run), results, seconds, job.run))
+    # What this job did itself it has counted; a store of a billion pictures has 16 million markers to read.
+    alone = not plan.done_units and len(list_generations(job.run)) == 1
+    total = outcome.counts if alone else count_rows(job.run)
+    print(summary(total, outcome, seconds, job.run))
 
 
 def dry_run(arguments: argparse.Namespace, job: LabelJob, source: str, output: str, scratch: Path) -> None:
@@ -105,15 +105,9 @@ def dry_run(arguments: argparse.Namespace, job: LabelJob, source: str, output: s
     if not list_generations(job.run):
         job = dataclasses.replace(job, run=str(scratch / "plan"))
         add_generations(job, source, output, arguments)
-    units, waiting = planned_units(job.run)
-    print(describe_plan(job, units, waiting, arguments.workers))
-
-
-def planned_units(run_uri: str) -> tuple[list[Unit], list[Unit]]:
-    """Every unit of every generation, and those that are not committed yet."""
-    units = [unit for generation in list_generations(run_uri) for unit in load_units(run_uri, generation)]
-    done = committed_names(run_uri)
-    return units, [unit for unit in units if unit.name not in done]
+    with committed_table(job.run) as done:
+        plan = count_plan(job.run, done)
+        print(describe_plan(job, plan, waiting_units(job.run, done), arguments.workers))
 
 
 def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, output: str) -> LabelJob:
@@ -138,60 +132,38 @@ def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, outpu
     )
 
 
-def label_units(units: list[Unit], job: LabelJob, workers: int | None, *, use_gpu: bool = False) -> list[UnitResult]:
+@dataclasses.dataclass
+class Outcome:
+    """What a job has done so far."""
+
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    stages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, result: UnitResult) -> None:
+        """Count a unit in."""
+        self.counts.add(result.counts)
+        self.stages.update(vars(result.seconds))
+
+
+def label_units(units: Iterator[Unit], plan: Plan, job: LabelJob, arguments: argparse.Namespace) -> Outcome:
     """Label units, with a bar that shows images/s, what is left and how many were quarantined."""
-    results: list[UnitResult] = []
-    if not units:
-        return results
+    outcome = Outcome()
+    if not plan.waiting_units:
+        return outcome
     start_ray()
     interval_s = 0.5 if sys.stderr.isatty() else 10.0
-    quarantined = 0
-    with tqdm(total=sum(unit.inputs for unit in units), unit="image", mininterval=interval_s) as bar:
-        for result in run_units(units, job, workers, use_gpu=use_gpu):
-            results.append(result)
-            quarantined += result.counts.quarantined
-            bar.set_postfix(quarantined=quarantined, refresh=False)
+    with tqdm(total=plan.waiting_inputs, unit="image", mininterval=interval_s) as bar:
+        for result in run_units(units, job, arguments.workers, use_gpu=arguments.use_gpu):
+            outcome.add(result)
+            bar.set_postfix(quarantined=outcome.counts.quarantined, refresh=False)
             bar.update(result.counts.images)
-    return results
+    return outcome
 
 
-def run_units(units: list[Unit], job: LabelJob, workers: int | None, *, use_gpu: bool = False) -> Iterator[UnitResult]:
-    """Label units on a pool of actors, yielding what became of each when it is committed.
-
-    Raises:
-        ServiceError: a worker cannot read or write its store.
-        UsageError: there is nothing to label on, and nothing says how many to wait for.
-    """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    processors = int(ray.cluster_resources().get("CPU", 0))
-    use_gpu = use_gpu or gpus > 0
-    workers = workers or (gpus if use_gpu else processors)
-    if not workers:
-        raise UsageError("the cluster has nothing to label on yet: give --workers N, and --use-gpu to wait for GPUs")
-    rows = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in units]
-    results = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
-        Labeller,
-        fn_constructor_args=(job,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
-        num_gpus=1 if use_gpu else 0,
-        # Not shared out among fewer workers when few units are left: threads change the last digits of a label.
-        num_cpus=0 if use_gpu else max(1, processor_share(workers)),
-    )
-    for row in results.iter_rows():
-        result = result_from_json(row["result"])
-        if result.error:
-            raise ServiceError(f"{result.error}; the same command goes on with what is missing")
-        yield result
-
-
-def summary(total: Counts, results: list[UnitResult], seconds: float, run_uri: str) -> str:
+def summary(total: Counts, outcome: Outcome, seconds: float, run_uri: str) -> str:
     """The last lines that a job prints: what there is, how fast it went, what took the time."""
-    labelled = sum(result.counts.images for result in results)
+    labelled, stages = outcome.counts.images, outcome.stages
     rate = labelled / seconds if seconds and labelled else 0.0
-    stages: collections.Counter[str] = collections.Counter()
-    for result in results:
-        stages.update(vars(result.seconds))
     lines = [
         f"images {total.images}  labels {total.labels}  quarantined {total.quarantined}  {rate:.1f} images/s",
         *(f"  quarantined {count}: {reason}" for reason, count in sorted(total.reasons.items())),

@@ -10,6 +10,7 @@ import argparse
 import collections
 import hashlib
 import io
+import itertools
 import math
 import sqlite3
 import sys
@@ -26,10 +27,22 @@ import pyarrow.parquet as pq
 
 from afa_core.data.sample import BadSample, decode_seg_label
 from infra.object_store import CONNECTIONS, ObjectError, join, list_objects, read_object
+from pipelines.batched import batched
 from pipelines.cli import stage_main
-from pipelines.inventory import HEAD, INVENTORY, UNITS, Unit, is_shard, list_generations, load_units, unit_rows
+from pipelines.inventory import (
+    HEAD,
+    INVENTORY,
+    Generation,
+    generation_folder,
+    is_shard,
+    list_generations,
+    load_units,
+    unit_rows,
+)
 from pipelines.label_set import (
     MARKER,
+    MARKERS_AHEAD,
+    NAMES_AHEAD,
     Counts,
     Marker,
     count_rows,
@@ -38,8 +51,11 @@ from pipelines.label_set import (
     label_uri,
     list_runs,
     load_marker,
+    scratch_table,
 )
 from pipelines.label_sources import absolute_source
+from pipelines.scratch_table import ScratchTable
+from pipelines.unit_table import UNITS, Unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,24 +101,32 @@ def verify_run(run_uri: str) -> Report:
     if not generations:
         report.problems.append("the inventory is not complete: run the afa label command again")
         return report
-    expected: set[str] = set()
-    with ThreadPoolExecutor(CONNECTIONS) as pool, tempfile.TemporaryDirectory() as scratch:
-        keys = _Keys(Path(scratch))
-        with closing(keys):
-            for generation in generations:
-                units = load_units(run_uri, generation)
-                report.units += len(units)
-                for check in pool.map(lambda unit: check_unit(run_uri, unit), units):
-                    report.inputs += check.inputs
-                    report.committed += bool(check.files)
-                    report.problems += check.problems
-                    report.problems += [f"key {key} is in two units" for key in keys.add(generation.name, check.keys)]
-                    expected.update(check.files)
-    report.problems += [f"{name} belongs to no committed unit" for name in sorted(set(label_files(run_uri)) - expected)]
+    with scratch_table("expected") as expected:
+        check_units(run_uri, generations, expected, report)
+        for names in batched(label_files(run_uri), NAMES_AHEAD):
+            known = expected.get(names)
+            report.problems += [f"{name} belongs to no committed unit" for name in sorted(set(names) - known.keys())]
     report.problems += stray_inventory_files(run_uri)
     if report.committed == report.units:
         report.counts = count_rows(run_uri)
     return report
+
+
+def check_units(run_uri: str, generations: list[Generation], expected: ScratchTable, report: Report) -> None:
+    """Check every unit, several at a time; the names of the files that count go into ``expected``."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool, tempfile.TemporaryDirectory() as scratch:
+        keys = _Keys(Path(scratch))
+        with closing(keys):
+            for generation in generations:
+                report.units += generation.units
+                for units in batched(load_units(run_uri, generation), MARKERS_AHEAD):
+                    for check in pool.map(lambda unit: check_unit(run_uri, unit), units):
+                        report.inputs += check.inputs
+                        report.committed += bool(check.files)
+                        report.problems += check.problems
+                        twice = keys.add(generation.name, check.keys)
+                        report.problems += [f"key {key} is in two units" for key in twice]
+                        expected.put((name, None) for name in check.files)
 
 
 @dataclass
@@ -193,14 +217,14 @@ def check_mask(key: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
 
 def stray_inventory_files(run_uri: str) -> Iterator[str]:
     """Inventory files that no generation counts: a listing that was cut off and never begun anew."""
-    wanted = set()
-    for generation in list_generations(run_uri):
-        folder = join(run_uri, f"{INVENTORY}/{generation.name}")
-        wanted |= {join(folder, HEAD), join(folder, UNITS)}
-        wanted |= {unit.part_uri for unit in load_units(run_uri, generation)}
-    for found in list_objects(join(run_uri, INVENTORY)):
-        if found.uri not in wanted:
-            yield f"{found.uri} belongs to no generation"
+    with scratch_table("inventory") as wanted:
+        for generation in list_generations(run_uri):
+            folder = generation_folder(run_uri, generation.name)
+            parts = itertools.groupby(unit.part_uri for unit in load_units(run_uri, generation))
+            wanted.put((uri, None) for uri in (join(folder, HEAD), join(folder, UNITS), *(uri for uri, _ in parts)))
+        for some in batched(list_objects(join(run_uri, INVENTORY)), NAMES_AHEAD):
+            uris = [found.uri for found in some]
+            yield from (f"{uri} belongs to no generation" for uri in sorted(set(uris) - wanted.get(uris).keys()))
 
 
 class _Keys:

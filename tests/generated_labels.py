@@ -18,8 +18,8 @@ from afa_core.classes import SHAPES
 from afa_core.data.sample import encode_mask
 from afa_core.data.shapes import draw
 from infra.object_store import find_object
-from pipelines.inventory import UNIT_ROWS
 from pipelines.label_set import MANIFEST, SCHEMA_VERSION
+from pipelines.unit_table import UNIT_ROWS
 
 PICTURES = 8
 SIZE_PX = 64

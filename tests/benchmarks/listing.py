@@ -36,7 +36,7 @@ def main(objects: int) -> None:
         gathered_s = time.monotonic() - started
         generation = writer.write(f"{folder}/run", "0000", "listing", "identity", 64, 256 * 10**6)
         writer.close()
-        units = len(load_units(f"{folder}/run", generation))
+        units = sum(1 for _ in load_units(f"{folder}/run", generation))
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet"))
     facts = {
         "objects": generation.inputs,

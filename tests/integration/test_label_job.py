@@ -23,8 +23,9 @@ from servers.fault_proxy import fault_proxy
 
 from afa_core.data.shapes import draw
 from infra.object_store import write_object
-from pipelines import pseudo_label
+from pipelines import label_windows, pseudo_label
 from pipelines.cli import main
+from pipelines.inventory import list_generations, load_units
 from pipelines.label_set import find_run
 
 
@@ -93,14 +94,14 @@ def test_more_units_than_blocks(bundle: Path, tmp_path: Path, monkeypatch: pytes
     for index in range(10):
         (pictures / f"{index}.png").write_bytes(picture(index))
     words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2, "--workers", 1]
-    monkeypatch.setattr(pseudo_label, "MAX_BLOCKS", 2)
+    monkeypatch.setattr(label_windows, "MAX_BLOCKS", 2)
     assert main(list(map(str, words))) == 0
     assert verified(output)
     marker = Path(done_units(output)[1])
     job = pseudo_label.build_job(label_arguments(words), bundle, "model", str(output))
-    units, _ = pseudo_label.planned_units(find_run(str(output)))
+    units = list(load_units(find_run(str(output)), list_generations(find_run(str(output)))[0]))
     before = marker.stat().st_mtime_ns
-    again = list(pseudo_label.run_units(units[:2], job, 1))  # a block that is tried again holds units that are done
+    again = list(label_windows.run_units(units[:2], job, 1))  # a block that is tried again holds units that are done
     assert [result.counts.images for result in again] == [2, 2]
     assert marker.stat().st_mtime_ns == before
 
