@@ -32,6 +32,7 @@ STAGES: dict[str, tuple[str, str, str]] = {
         "",
         "hand a label set to other tools: COCO, VOC, Label Studio, CVAT, FiftyOne, shards",
     ),
+    "bench": ("pipelines.bench", "", "measure the step, its parts, the labelling job and the loader on this machine"),
     "demo": ("pipelines.demo", "", "the whole job on built-in data, in a few minutes"),
 }
 

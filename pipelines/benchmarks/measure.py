@@ -5,11 +5,12 @@ Compared cases run in turns within one call: the speed of a machine drifts, rati
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,38 @@ def peak_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case to be measured in turns with others.
+
+    Attributes:
+        name: of the case.
+        function: importable; called with ``arguments`` it gives a ``Measurement`` of repetitions in its own process.
+        arguments: picklable.
+    """
+
+    name: str
+    function: Callable[..., Measurement]
+    arguments: tuple[Any, ...]
+
+
+def in_turns(cases: Sequence[Case], rounds: int) -> list[Measurement]:
+    """Measure the cases A, B, C, A, B, C ...; repetitions of a case are put together, its peak is the highest."""
+    made: dict[str, list[Measurement]] = {case.name: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            made[case.name].append(in_own_process(case.function, *case.arguments))
+    return [
+        dataclasses.replace(
+            parts[-1],
+            name=name,
+            seconds=tuple(second for part in parts for second in part.seconds),
+            peak_mib=max((part.peak_mib for part in parts if part.peak_mib is not None), default=None),
+        )
+        for name, parts in made.items()
+    ]
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:

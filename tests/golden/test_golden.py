@@ -15,6 +15,7 @@ from afa_core.config import ModelConfig, OptimConfig
 from afa_core.metrics import ConfusionMatrix
 from afa_core.model import AFANet
 from afa_core.optim import apply_schedule, build_optimizer
+from pipelines.benchmarks import plain_form
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
@@ -30,6 +31,20 @@ def test_every_tensor_of_the_case_is_within_tolerance(path: Path) -> None:
     results = list(case.checks())
     assert len(results) >= 35
     assert [str(result) for result in results if not result.passed] == []
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_the_plain_form_that_benchmarks_measure_against_is_the_published_one(path: Path) -> None:
+    case = check.Case(path, radius=8, pooling="max", scales=(1.0, 0.5, 1.5))
+    image = check.normalise(torch.from_numpy(case.expected["image_uint8"]))
+    labels, boxes = (torch.from_numpy(case.expected[name]) for name in ("labels", "boxes"))
+    batch = check.Batch(image, labels, boxes)
+    configs = (case.cam_config, case.par_config)
+    refined_cam, refined_affinity = plain_form.pseudo_labels(case.model, batch, *configs)
+    assert (refined_cam.numpy() != case.expected["refined_cam_label"]).mean() <= 1e-3
+    assert (refined_affinity.numpy() != case.expected["refined_affinity_label"]).mean() <= 1e-3
+    loss = plain_form.training_loss(case.model, batch, *configs, check.PAIRWISE)
+    assert float(loss.detach()) == pytest.approx(float(case.expected["loss_total"]), rel=1e-4)
 
 
 def test_check_fails_on_a_wrong_tensor(tmp_path: Path) -> None:

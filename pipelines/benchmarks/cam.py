@@ -1,0 +1,60 @@
+"""``afa bench cam``: multi-scale class activation maps with the affinity of the largest scale."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from afa_core.backbone import kernels
+from afa_core.cam import multi_scale_cam, scaled_with_mirror
+from afa_core.config import CamConfig
+from afa_core.model import AFANet
+from pipelines.benchmarks import plain_form
+from pipelines.benchmarks.cases import Size, add_size_arguments, packing, prepare, sizes_from
+from pipelines.benchmarks.measure import Case, Measurement, in_turns, peak_mib, repeat
+
+SCALES = CamConfig().scales
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``afa bench cam``."""
+    add_size_arguments(parser)
+    parser.add_argument("--repetitions", type=int, default=3, help="counted calls of a case and round")
+    parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
+
+
+def run(arguments: argparse.Namespace) -> list[Measurement]:
+    """The plain form and this project's, for every crop."""
+    cases = [
+        Case(f"cam/{size.crop_px}/{form}", measure, (size, form, arguments.repetitions))
+        for size in sizes_from(arguments)
+        for form in ("plain", "here")
+    ]
+    return in_turns(cases, arguments.rounds)
+
+
+def measure(size: Size, form: str, repetitions: int) -> Measurement:
+    """One form, in this process; its operations are those of the encoder, the least there is to do."""
+    model, batch = prepare(size)
+    if form == "plain":
+        plain_form.use_plain_kernels()
+        seconds = repeat(lambda: plain_form.multi_scale_cam(model, batch.image, SCALES), repetitions)
+    else:
+        seconds = repeat(lambda: multi_scale_cam(model, batch.image, SCALES, packing(batch)), repetitions)
+    peak = peak_mib()
+    operations = encoder_operations(model, batch.image)
+    return Measurement(name=form, seconds=seconds, images=size.batch, peak_mib=peak, operations=operations)
+
+
+@torch.no_grad()
+def encoder_operations(model: AFANet, image: torch.Tensor) -> float:
+    """Floating-point operations of products and convolutions in all passes, counted on one picture."""
+    kernels.FAST_FROM_PIXELS = 2**62  # the counter does not know oneDNN's products
+    total = 0
+    for scale in SCALES:
+        with FlopCounterMode(display=False) as counter:
+            model.backbone(scaled_with_mirror(image[:1], scale))
+        total += counter.get_total_flops()
+    return float(total * len(image))

@@ -1,0 +1,87 @@
+"""The made-up inputs that the benchmarks of the step and its parts run on: any size, no data needed."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from afa_core.config import ModelConfig
+from afa_core.data.transforms import denormalise_to_unit
+from afa_core.model import AFANet, build_model
+from afa_core.packing import Packing
+from afa_core.step import Batch
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: plain values, so that it travels to a process of its own."""
+
+    backbone: str = "mit_b1"
+    crop_px: int = 320
+    batch: int = 2
+    classes: int = 20
+    tags: int = 2  # a picture
+    threads: int = 0  # 0: torch's own choice
+    bfloat16: bool = False
+    gradient_checkpointing: bool = False
+    compiled: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU if there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the sizes."""
+    parser.add_argument("--backbone", default="mit_b1")
+    parser.add_argument("--crop", type=int, nargs="+", default=[320], metavar="PIXELS")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=20, help="foreground classes")
+    parser.add_argument("--tags", type=int, default=2, help="labelled classes of a picture")
+    parser.add_argument("--threads", type=int, default=0, help="default: one a processor")
+
+
+def sizes_from(arguments: argparse.Namespace) -> list[Size]:
+    """A size for every crop that was asked for."""
+    return [
+        Size(
+            backbone=arguments.backbone,
+            crop_px=crop_px,
+            batch=arguments.batch,
+            classes=arguments.classes,
+            tags=min(arguments.tags, arguments.classes),
+            threads=arguments.threads,
+            bfloat16=getattr(arguments, "bfloat16", False),
+            gradient_checkpointing=getattr(arguments, "gradient_checkpointing", False),
+            compiled=getattr(arguments, "compiled", False),
+        )
+        for crop_px in arguments.crop
+    ]
+
+
+def prepare(size: Size) -> tuple[AFANet, Batch]:
+    """Network with random weights and a batch of smooth random pictures, on the device."""
+    if size.threads:
+        torch.set_num_threads(size.threads)
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(backbone=size.backbone), size.classes).to(size.device)
+    coarse = torch.rand(size.batch, 3, size.crop_px // 16, size.crop_px // 16)
+    image = torch.nn.functional.interpolate(coarse, size=[size.crop_px] * 2, mode="bicubic") * 4 - 2
+    cls_label = torch.zeros(size.batch, size.classes)
+    for index in range(size.batch):
+        cls_label[index, torch.randperm(size.classes)[: size.tags]] = 1
+    boxes = torch.tensor([[0, size.crop_px, 0, size.crop_px]] * size.batch)
+    return model, Batch(image.to(size.device), cls_label.to(size.device), boxes)
+
+
+def unit(batch: Batch) -> torch.Tensor:
+    """The batch's pictures as PAR sees them."""
+    return denormalise_to_unit(batch.image)
+
+
+def packing(batch: Batch) -> Packing:
+    """The batch's labels."""
+    return Packing.of(batch.cls_label)

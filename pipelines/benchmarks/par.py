@@ -1,0 +1,77 @@
+"""``afa bench par``: all refinement of a training step, low and high, of the CAM and of the affinity CAM."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from afa_core.cam import MultiScaleCam
+from afa_core.config import CamConfig, ParConfig
+from afa_core.pseudo_label import ShrunkenCrops, refine_affinity, refine_cam
+from pipelines.benchmarks import plain_form
+from pipelines.benchmarks.cases import Size, add_size_arguments, packing, prepare, sizes_from, unit
+from pipelines.benchmarks.measure import Case, Measurement, in_turns, peak_mib, repeat
+
+CAM, PAR = CamConfig(), ParConfig()
+FLOAT_BYTES = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``afa bench par``."""
+    add_size_arguments(parser)
+    parser.add_argument("--repetitions", type=int, default=3, help="counted calls of a case and round")
+    parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
+
+
+def run(arguments: argparse.Namespace) -> list[Measurement]:
+    """The plain form and this project's, for every crop."""
+    cases = [
+        Case(f"par/{size.crop_px}/{form}", measure, (size, form, arguments.repetitions))
+        for size in sizes_from(arguments)
+        for form in ("plain", "here")
+    ]
+    return in_turns(cases, arguments.rounds)
+
+
+@torch.no_grad()
+def measure(size: Size, form: str, repetitions: int) -> Measurement:
+    """One form, in this process; walk along the affinity and labels included, as in a step."""
+    _, batch = prepare(size)
+    labelled = packing(batch)
+    side = int(max(CAM.scales) * size.crop_px) // 16
+    cam = torch.rand(size.batch, size.classes, size.crop_px, size.crop_px, device=size.device)
+    affinity = torch.rand(size.batch, side * side, side * side, device=size.device)
+    maps = MultiScaleCam(labelled.pack(cam), affinity, (side, side), labelled)
+    scores = (CAM.background_score_low, CAM.background_score_high)
+
+    def refine() -> None:
+        if form == "plain":
+            plain_form.refine(batch, cam, affinity, (side, side), CAM, PAR)
+            return
+        crops = ShrunkenCrops(unit(batch), PAR)
+        refine_cam(crops, maps, batch.boxes, scores)
+        refine_affinity(crops, maps, batch.boxes, scores, CAM)
+
+    return Measurement(
+        name=form,
+        seconds=repeat(refine, repetitions),
+        images=size.batch,
+        peak_mib=peak_mib(),
+        moved_bytes=least_traffic(size),
+        operations=least_operations(size),
+    )
+
+
+def least_traffic(size: Size) -> float:
+    """Bytes that must move: weights written once and read in every iteration, every map read and written."""
+    pixels = size.batch * (size.crop_px // PAR.shrink_factor) ** 2
+    neighbours, runs = 8 * len(PAR.dilations), 2 * (1 + size.tags)
+    iterations = 2 * PAR.iterations  # of the CAM and of the affinity CAM
+    return float(FLOAT_BYTES * pixels * (3 + neighbours + iterations * (neighbours + 2 * runs)))
+
+
+def least_operations(size: Size) -> float:
+    """A product and a sum for every neighbour of every map in every iteration."""
+    pixels = size.batch * (size.crop_px // PAR.shrink_factor) ** 2
+    return float(2 * pixels * 8 * len(PAR.dilations) * 2 * (1 + size.tags) * 2 * PAR.iterations)
