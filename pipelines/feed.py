@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import DataLoader
 
 from afa_core.data.order import SampleOrder
@@ -33,7 +34,12 @@ def step_batches(
     samples = TrainSamples(order, files, TrainTransform(data, index.classes), index.classes, data, train.seed)
     plan = WorkerBatches(first_step, train.global_batch, train.batch_size, rank, world_size)
     # Loading processes are started before the threads of the prefetch.
-    batches = iter(DataLoader(samples, batch_sampler=plan, num_workers=data.loader_workers, collate_fn=collate))
+    batches = iter(
+        DataLoader(
+            samples, batch_sampler=plan, num_workers=data.loader_workers, collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )  # fmt: skip
     wanted = _wanted_shards(order, plan)
     with Prefetch(files) as prefetch:
         for shards in wanted:
