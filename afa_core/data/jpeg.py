@@ -18,8 +18,9 @@ Pixels = NDArray[np.uint8]
 _START = b"\xff\xd8\xff"
 # YCCK and CMYK are for Pillow: how they are inverted is a matter of custom.
 _COLOUR_SPACES = ("YCbCr", "Gray", "RGB")
-# What a segment with an orientation begins with, in EXIF and in XMP.
-_ORIENTATION_SEGMENTS = (b"Exif\x00\x00", b"http://ns.adobe.com/xap/")
+_MARKER = 0xFF
+_START_OF_SCAN = 0xDA
+_APPLICATION_1 = 0xE1  # a segment of EXIF or XMP
 _DIVISORS = (8, 4, 2)
 
 
@@ -35,8 +36,13 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def may_be_turned(data: bytes) -> bool:
-    """Whether the file may say how it is to be turned."""
-    return any(start in data for start in _ORIENTATION_SEGMENTS)
+    """Whether the file may say how it is to be turned: a segment that could comes before the picture's data."""
+    at = len(_START) - 1
+    while at + 4 <= len(data) and data[at] == _MARKER and data[at + 1] != _APPLICATION_1:
+        if data[at + 1] == _START_OF_SCAN:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return True
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], needed: tuple[int, int]) -> Pixels | None:

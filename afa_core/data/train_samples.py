@@ -127,8 +127,8 @@ class WorkerBatches:
         return len(self.numbers(0))
 
 
-def collate(items: Sequence[TrainItem | SkippedSample]) -> TrainBatch:
-    """Samples to a batch."""
+def collate(items: Sequence[TrainItem | SkippedSample], memory: Tensor | None = None) -> TrainBatch:
+    """Samples to a batch; its crops lie in the memory uint8 [>= B, S, S, 3], if one is given."""
     good = [item for item in items if isinstance(item, TrainItem)]
     skipped = tuple(item for item in items if isinstance(item, SkippedSample))
     if not good:
@@ -136,7 +136,7 @@ def collate(items: Sequence[TrainItem | SkippedSample]) -> TrainBatch:
             torch.zeros(0, dtype=torch.uint8), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (), skipped
         )
     return TrainBatch(
-        torch.stack([item.image for item in good]),
+        torch.stack([item.image for item in good], out=None if memory is None else memory[: len(good)]),
         torch.stack([item.cls_label for item in good]),
         torch.stack([item.box for item in good]),
         tuple(item.key for item in good),

@@ -94,11 +94,11 @@ class TrainTransform:
             image = _distorted(_resized_window(image, size, slice(0, size[0]), slice(0, size[1])), rng)
         crop, box = self._crop(image, size, mirrored, rng)
         label = tags_to_cls_label(sample.tags, self.classes)
-        return TrainItem(torch.from_numpy(crop), label, torch.tensor(box), sample.key)
+        return TrainItem(crop, label, torch.tensor(box), sample.key)
 
     def _crop(
         self, image: Pixels, size: tuple[int, int], mirrored: bool, rng: np.random.Generator
-    ) -> tuple[Pixels, list[int]]:
+    ) -> tuple[Tensor, list[int]]:
         """A random window of the picture at a size; a small one is set at a random place on a canvas."""
         crop_px = self.config.crop_px
         target, source, box = [], [], []
@@ -112,9 +112,11 @@ class TrainTransform:
         if mirrored:
             columns = slice(size[1] - columns.stop, size[1] - columns.start)
         window = _resized_window(image, size, rows, columns)
+        if mirrored:  # numpy is 20 times as slow at it; torch takes nothing that is read-only
+            window = torch.from_numpy(np.require(window, requirements="W")).flip(1).numpy()
         crop = self._canvas.copy()
-        crop[target[0], target[1]] = window[:, ::-1] if mirrored else window
-        return crop, box
+        crop[target[0], target[1]] = window
+        return torch.from_numpy(crop), box
 
 
 def _rescaled_size(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The same pictures out of LitData's format, through the same transform; only imported where ``litdata`` is installed."""
+"""The same pictures out of LitData's format, through the same transform; only imported where it is installed."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from afa_core.config import DataConfig
+from afa_core.data.loading import PREFETCH, SentBatch, SharedBatches
 from afa_core.data.order import SampleOrder
 from afa_core.data.sample import decode_image, decode_sample, encode_sample
 from afa_core.data.shards import ShardWriter
@@ -126,18 +127,20 @@ def build_cases(pictures: Sequence[bytes], folder: Path, crop_px: int, batch_siz
     full = DataConfig(crop_px=crop_px)
     loose = write_loose(pictures, folder / "loose")
     shards = write_shards(pictures, folder / "shards")
-    loaders: dict[str, Iterable[Stamped]] = {"loose files": build_loader(LooseFiles(loose, plain), batch_size, 0)}
+    loaders: dict[str, Iterable[Stamped]] = {
+        "loose files": build_loader(LooseFiles(loose, plain), plain, batch_size, 0)
+    }
     for processes in (0, 1, 2):
         place = f"{processes} loading" if processes else "in process"
-        loaders[f"shards, {place}"] = build_loader(open_shards(shards, plain, batch_size), batch_size, processes)
+        loaders[f"shards, {place}"] = build_loader(open_shards(shards, plain, batch_size), plain, batch_size, processes)
         if has_litdata():
             from pipelines.benchmarks.litdata_loader import build_litdata_loader, write_litdata
 
             if not processes:
                 write_litdata(pictures, folder / "litdata")
             loaders[f"litdata, {place}"] = build_litdata_loader(folder / "litdata", plain, batch_size, processes)
-    loaders["loose files, rescaled"] = build_loader(LooseFiles(loose, full), batch_size, 0)
-    loaders["shards, rescaled"] = build_loader(open_shards(shards, full, batch_size), batch_size, 0)
+    loaders["loose files, rescaled"] = build_loader(LooseFiles(loose, full), full, batch_size, 0)
+    loaders["shards, rescaled"] = build_loader(open_shards(shards, full, batch_size), full, batch_size, 0)
     return [
         Case("bare decoder", lambda: decode_all(pictures)),
         *(Case(name, loader.__iter__) for name, loader in loaders.items()),
@@ -183,20 +186,43 @@ def open_shards(paths: Sequence[Path], config: DataConfig, batch_size: int) -> T
 
 
 def build_loader(
-    data: LooseFiles | TrainSamples, batch_size: int, processes: int
-) -> DataLoader[TrainItem | SkippedSample]:
+    data: LooseFiles | TrainSamples, config: DataConfig, batch_size: int, processes: int
+) -> Iterable[Stamped]:
     """All samples of an epoch in batches, out of so many loading processes that stay from turn to turn."""
     number = len(data) if isinstance(data, LooseFiles) else data.order.epoch_samples
     order = np.random.default_rng(SEED).permutation(number) if isinstance(data, LooseFiles) else np.arange(number)
     batches = [list(map(int, order[start : start + batch_size])) for start in range(0, number, batch_size)]
-    return DataLoader(data, batch_sampler=batches, collate_fn=stamped, **loading_processes(processes))
+    if not processes:
+        return DataLoader(data, batch_sampler=batches, collate_fn=stamped)
+    shared = SharedBatches(processes, batch_size, config.crop_px)
+    sent = DataLoader(
+        data, batch_sampler=batches, collate_fn=partial(sent_stamped, shared), **loading_processes(processes)
+    )
+    return Received(sent, shared)
 
 
 def loading_processes(number: int) -> dict[str, Any]:
     """What a DataLoader is told of its processes: they stay from turn to turn, and are forked as in training."""
     if not number:
         return {"num_workers": 0}
-    return {"num_workers": number, "persistent_workers": True, "multiprocessing_context": "fork"}
+    stay = {"persistent_workers": True, "multiprocessing_context": "fork"}
+    return {"num_workers": number, "prefetch_factor": PREFETCH, **stay}
+
+
+class Received:
+    """What the loading processes sent, received as in training."""
+
+    def __init__(self, sent: Iterable[tuple[SentBatch, int, float]], shared: SharedBatches) -> None:
+        self.sent, self.shared = sent, shared
+
+    def __iter__(self) -> Iterator[Stamped]:
+        for batch, process, clock in self.sent:
+            yield self.shared.receive(batch), process, clock
+
+
+def sent_stamped(shared: SharedBatches, items: Sequence[TrainItem | SkippedSample]) -> tuple[SentBatch, int, float]:
+    """Like ``stamped``, through shared memory."""
+    return shared.send(items), os.getpid(), time.process_time()
 
 
 def stamped(items: Sequence[TrainItem | SkippedSample]) -> Stamped:
