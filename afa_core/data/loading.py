@@ -8,16 +8,16 @@ more than ``PREFETCH`` batches beyond those that were received, so one place mor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from afa_core.data.train_samples import SkippedSample, TrainBatch, TrainSamples, collate
-from afa_core.data.transforms import TrainItem
+from afa_core.data.train_samples import SkippedSample, TrainBatch, TrainSamples
 
 PREFETCH = 2
 
@@ -41,13 +41,18 @@ class SharedBatches:
         self._crops.share_memory_()
         self._sent = 0  # batches, by this process
 
-    def send(self, items: Sequence[TrainItem | SkippedSample]) -> SentBatch:
-        """Collate at most B samples, in a loading process; what it sent ``PREFETCH`` + 1 batches ago is overwritten."""
-        worker = get_worker_info()
-        place = worker.id if worker else 0, self._sent % (PREFETCH + 1)
+    def next_place(self, process: int) -> tuple[int, int]:
+        """Where a loading process puts its next batch; the one it sent ``PREFETCH`` + 1 batches ago is overwritten."""
         self._sent += 1
-        batch = collate(items, self._crops[place])
+        return process, self._sent % (PREFETCH + 1)
+
+    def send(self, batch: TrainBatch, place: tuple[int, int]) -> SentBatch:
+        """A batch whose crops were made in a place."""
         return SentBatch(place, batch.cls_label.numpy(), batch.box.numpy(), batch.keys, batch.skipped)
+
+    def crops(self, place: tuple[int, int]) -> Tensor:
+        """Memory of a place, uint8 [B, S, S, 3]."""
+        return self._crops[place]
 
     def receive(self, sent: SentBatch, *, pinned: bool = False) -> TrainBatch:
         """The batch in memory of its own, pinned where a GPU is to copy from it."""
@@ -55,6 +60,18 @@ class SharedBatches:
         image = torch.empty(crops.shape, dtype=crops.dtype, pin_memory=pinned).copy_(crops)
         label, box = torch.from_numpy(sent.cls_label), torch.from_numpy(sent.box)
         return TrainBatch(image, label, box, sent.keys, sent.skipped)
+
+
+class SentBatches(Dataset[SentBatch]):
+    """Batches by the numbers of their samples, made in shared memory by a loading process."""
+
+    def __init__(self, samples: TrainSamples, shared: SharedBatches) -> None:
+        self.samples, self.shared = samples, shared
+
+    def __getitem__(self, numbers: list[int]) -> SentBatch:
+        worker = get_worker_info()
+        place = self.shared.next_place(worker.id if worker else 0)
+        return self.shared.send(self.samples.batch(numbers, self.shared.crops(place)), place)
 
 
 def load_batches(
@@ -70,12 +87,19 @@ def load_batches(
         pinned: hand out memory that a GPU can copy from by itself.
     """
     if not processes:
-        return iter(DataLoader(samples, batch_sampler=plan, collate_fn=collate, pin_memory=pinned))
+        batches = map(samples.batch, plan)
+        return (batch.pin_memory() for batch in batches) if pinned else batches
     shared = SharedBatches(processes, batch_size, samples.config.crop_px)
     sent = DataLoader(
-        samples, batch_sampler=plan, collate_fn=shared.send, num_workers=processes, prefetch_factor=PREFETCH
-    )
+        SentBatches(samples, shared), sampler=plan, batch_size=None, collate_fn=as_it_is, num_workers=processes,
+        prefetch_factor=PREFETCH,
+    )  # fmt: skip
     return _received(iter(sent), shared, pinned)
+
+
+def as_it_is(batch: Any) -> Any:
+    """For a DataLoader, which otherwise makes tensors of what it can."""
+    return batch
 
 
 def _received(batches: Iterator[SentBatch], shared: SharedBatches, pinned: bool) -> Iterator[TrainBatch]:

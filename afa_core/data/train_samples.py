@@ -26,7 +26,7 @@ from afa_core.data.transforms import Decode, TrainItem
 
 OPEN_SHARDS = 256
 
-Transform = Callable[[Decode, np.random.Generator], TrainItem]
+Transform = Callable[[Decode, np.random.Generator, Tensor | None], TrainItem]
 # Number of a shard -> its file; a ``BadSample`` says why there is none.
 FindShard = Callable[[int], Path]
 
@@ -82,12 +82,26 @@ class TrainSamples(Dataset[TrainItem | SkippedSample]):
 
     def __getitem__(self, number: int) -> TrainItem | SkippedSample:
         """The sample of a number."""
+        return self._sample(number)
+
+    def batch(self, numbers: Sequence[int], memory: Tensor | None = None) -> TrainBatch:
+        """The samples of some numbers; their crops are made in the memory uint8 [>= B, S, S, 3], if one is given."""
+        side = self.config.crop_px
+        crops = torch.empty(len(numbers), side, side, 3, dtype=torch.uint8) if memory is None else memory
+        items: list[TrainItem | SkippedSample] = []
+        good = 0
+        for number in numbers:
+            items.append(self._sample(number, crops[good]))
+            good += isinstance(items[-1], TrainItem)
+        return collate(items, crops)
+
+    def _sample(self, number: int, memory: Tensor | None = None) -> TrainItem | SkippedSample:
         shard, at = self.order.place(number)
         key = f"shard {shard}, sample {at}"
         try:
             raw = self._reader(shard).read(at)
             key = str(raw["__key__"])
-            return self.transform(partial(self._decode, raw), np.random.default_rng([self.seed, number]))
+            return self.transform(partial(self._decode, raw), np.random.default_rng([self.seed, number]), memory)
         except BadSample as bad:
             return SkippedSample(bad.reason, key)
 
@@ -127,8 +141,8 @@ class WorkerBatches:
         return len(self.numbers(0))
 
 
-def collate(items: Sequence[TrainItem | SkippedSample], memory: Tensor | None = None) -> TrainBatch:
-    """Samples to a batch; its crops lie in the memory uint8 [>= B, S, S, 3], if one is given."""
+def collate(items: Sequence[TrainItem | SkippedSample], crops: Tensor | None = None) -> TrainBatch:
+    """Samples to a batch; ``crops`` uint8 [>= B, S, S, 3] if those of the usable ones lie there already."""
     good = [item for item in items if isinstance(item, TrainItem)]
     skipped = tuple(item for item in items if isinstance(item, SkippedSample))
     if not good:
@@ -136,7 +150,7 @@ def collate(items: Sequence[TrainItem | SkippedSample], memory: Tensor | None = 
             torch.zeros(0, dtype=torch.uint8), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (), skipped
         )
     return TrainBatch(
-        torch.stack([item.image for item in good], out=None if memory is None else memory[: len(good)]),
+        torch.stack([item.image for item in good]) if crops is None else crops[: len(good)],
         torch.stack([item.cls_label for item in good]),
         torch.stack([item.box for item in good]),
         tuple(item.key for item in good),

@@ -77,8 +77,8 @@ class TrainTransform:
         self._canvas = np.empty((config.crop_px, config.crop_px, 3), np.uint8)
         self._canvas[:] = np.round(MEAN).astype(np.uint8)
 
-    def __call__(self, decode: Decode, rng: np.random.Generator) -> TrainItem:
-        """Augment one sample.
+    def __call__(self, decode: Decode, rng: np.random.Generator, memory: Tensor | None = None) -> TrainItem:
+        """Augment one sample; the crop is written into the memory uint8 [S, S, 3], if one is given.
 
         Raises:
             BadSample: it cannot be decoded, or has no tags, so that there is nothing to learn from it.
@@ -92,31 +92,31 @@ class TrainTransform:
         mirrored = rng.random() < config.flip_probability
         if config.photometric_distortion:  # which depends on the whole picture's mean
             image = _distorted(_resized_window(image, size, slice(0, size[0]), slice(0, size[1])), rng)
-        crop, box = self._crop(image, size, mirrored, rng)
-        label = tags_to_cls_label(sample.tags, self.classes)
-        return TrainItem(crop, label, torch.tensor(box), sample.key)
+        crop = torch.empty(self._canvas.shape, dtype=torch.uint8) if memory is None else memory
+        box = self._crop(image, size, mirrored, rng, crop.numpy())
+        return TrainItem(crop, tags_to_cls_label(sample.tags, self.classes), torch.tensor(box), sample.key)
 
     def _crop(
-        self, image: Pixels, size: tuple[int, int], mirrored: bool, rng: np.random.Generator
-    ) -> tuple[Tensor, list[int]]:
-        """A random window of the picture at a size; a small one is set at a random place on a canvas."""
+        self, image: Pixels, size: tuple[int, int], mirrored: bool, rng: np.random.Generator, crop: Pixels
+    ) -> list[int]:
+        """A random window of the picture at a size; a small one is set at a random place on a canvas. Gives its box."""
         crop_px = self.config.crop_px
-        target, source, box = [], [], []
+        source, box = [], []
         for side in size:
             length = min(side, crop_px)
             at, start = int(rng.integers(crop_px - length + 1)), int(rng.integers(side - length + 1))
-            target.append(slice(at, at + length))
             source.append(slice(start, start + length))
             box += [at, at + length]
-        rows, columns = source
+        (rows, columns), (y0, y1, x0, x1) = source, box
         if mirrored:
             columns = slice(size[1] - columns.stop, size[1] - columns.start)
         window = _resized_window(image, size, rows, columns)
         if mirrored:  # numpy is 20 times as slow at it; torch takes nothing that is read-only
             window = torch.from_numpy(np.require(window, requirements="W")).flip(1).numpy()
-        crop = self._canvas.copy()
-        crop[target[0], target[1]] = window
-        return torch.from_numpy(crop), box
+        for margin in (np.s_[:y0], np.s_[y1:], np.s_[y0:y1, :x0], np.s_[y0:y1, x1:]):
+            crop[margin] = self._canvas[margin]
+        crop[y0:y1, x0:x1] = window
+        return box
 
 
 def _rescaled_size(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from afa_core.config import DataConfig
-from afa_core.data.loading import PREFETCH, SentBatch, SharedBatches
+from afa_core.data.loading import PREFETCH, SentBatches, SharedBatches
 from afa_core.data.order import SampleOrder
 from afa_core.data.sample import decode_image, decode_sample, encode_sample
 from afa_core.data.shards import ShardWriter
@@ -127,20 +127,18 @@ def build_cases(pictures: Sequence[bytes], folder: Path, crop_px: int, batch_siz
     full = DataConfig(crop_px=crop_px)
     loose = write_loose(pictures, folder / "loose")
     shards = write_shards(pictures, folder / "shards")
-    loaders: dict[str, Iterable[Stamped]] = {
-        "loose files": build_loader(LooseFiles(loose, plain), plain, batch_size, 0)
-    }
+    loaders: dict[str, Iterable[Stamped]] = {"loose files": build_loose_loader(LooseFiles(loose, plain), batch_size)}
     for processes in (0, 1, 2):
         place = f"{processes} loading" if processes else "in process"
-        loaders[f"shards, {place}"] = build_loader(open_shards(shards, plain, batch_size), plain, batch_size, processes)
+        loaders[f"shards, {place}"] = ShardBatches(open_shards(shards, plain, batch_size), batch_size, processes)
         if has_litdata():
             from pipelines.benchmarks.litdata_loader import build_litdata_loader, write_litdata
 
             if not processes:
                 write_litdata(pictures, folder / "litdata")
             loaders[f"litdata, {place}"] = build_litdata_loader(folder / "litdata", plain, batch_size, processes)
-    loaders["loose files, rescaled"] = build_loader(LooseFiles(loose, full), full, batch_size, 0)
-    loaders["shards, rescaled"] = build_loader(open_shards(shards, full, batch_size), full, batch_size, 0)
+    loaders["loose files, rescaled"] = build_loose_loader(LooseFiles(loose, full), batch_size)
+    loaders["shards, rescaled"] = ShardBatches(open_shards(shards, full, batch_size), batch_size, 0)
     return [
         Case("bare decoder", lambda: decode_all(pictures)),
         *(Case(name, loader.__iter__) for name, loader in loaders.items()),
@@ -170,8 +168,7 @@ class LooseFiles(Dataset[TrainItem | SkippedSample]):
 
 def augmented(raw: dict[str, Any], transform: TrainTransform, number: int) -> TrainItem:
     """What ``TrainSamples`` makes of the members of a sample."""
-    decode = partial(_decode, raw)
-    return transform(decode, np.random.default_rng([SEED, number]))
+    return transform(partial(_decode, raw), np.random.default_rng([SEED, number]))
 
 
 def _decode(raw: dict[str, Any], needed_size: Any) -> Any:
@@ -185,20 +182,32 @@ def open_shards(paths: Sequence[Path], config: DataConfig, batch_size: int) -> T
     return TrainSamples(order, list(paths).__getitem__, TrainTransform(config, CLASSES), CLASSES, config, SEED)
 
 
-def build_loader(
-    data: LooseFiles | TrainSamples, config: DataConfig, batch_size: int, processes: int
-) -> Iterable[Stamped]:
-    """All samples of an epoch in batches, out of so many loading processes that stay from turn to turn."""
-    number = len(data) if isinstance(data, LooseFiles) else data.order.epoch_samples
-    order = np.random.default_rng(SEED).permutation(number) if isinstance(data, LooseFiles) else np.arange(number)
-    batches = [list(map(int, order[start : start + batch_size])) for start in range(0, number, batch_size)]
-    if not processes:
-        return DataLoader(data, batch_sampler=batches, collate_fn=stamped)
-    shared = SharedBatches(processes, batch_size, config.crop_px)
-    sent = DataLoader(
-        data, batch_sampler=batches, collate_fn=partial(sent_stamped, shared), **loading_processes(processes)
-    )
-    return Received(sent, shared)
+def build_loose_loader(data: LooseFiles, batch_size: int) -> Iterable[Stamped]:
+    """All files once, in random order, in this process."""
+    batches = torch.randperm(len(data), generator=torch.Generator().manual_seed(SEED)).split(batch_size)
+    return DataLoader(data, batch_sampler=[batch.tolist() for batch in batches], collate_fn=stamped)
+
+
+class ShardBatches:
+    """All samples of the shards once, as training reads them, out of processes that stay from turn to turn."""
+
+    def __init__(self, samples: TrainSamples, batch_size: int, processes: int) -> None:
+        number = samples.order.epoch_samples
+        self.samples, self.processes = samples, processes
+        self.plan = [list(range(start, min(number, start + batch_size))) for start in range(0, number, batch_size)]
+        if processes:
+            self.shared = SharedBatches(processes, batch_size, samples.config.crop_px)
+            self.sent = DataLoader(
+                SentBatches(samples, self.shared), sampler=self.plan, batch_size=None, collate_fn=clocked,
+                **loading_processes(processes),
+            )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Stamped]:
+        if not self.processes:
+            yield from ((self.samples.batch(numbers), os.getpid(), 0.0) for numbers in self.plan)
+            return
+        for sent, process, clock in self.sent:
+            yield self.shared.receive(sent), process, clock
 
 
 def loading_processes(number: int) -> dict[str, Any]:
@@ -209,25 +218,14 @@ def loading_processes(number: int) -> dict[str, Any]:
     return {"num_workers": number, "prefetch_factor": PREFETCH, **stay}
 
 
-class Received:
-    """What the loading processes sent, received as in training."""
-
-    def __init__(self, sent: Iterable[tuple[SentBatch, int, float]], shared: SharedBatches) -> None:
-        self.sent, self.shared = sent, shared
-
-    def __iter__(self) -> Iterator[Stamped]:
-        for batch, process, clock in self.sent:
-            yield self.shared.receive(batch), process, clock
-
-
-def sent_stamped(shared: SharedBatches, items: Sequence[TrainItem | SkippedSample]) -> tuple[SentBatch, int, float]:
-    """Like ``stamped``, through shared memory."""
-    return shared.send(items), os.getpid(), time.process_time()
+def clocked(batch: Any) -> tuple[Any, int, float]:
+    """Anything with the clock of the process that made it."""
+    return batch, os.getpid(), time.process_time()
 
 
 def stamped(items: Sequence[TrainItem | SkippedSample]) -> Stamped:
     """A batch with the clock of the process that made it."""
-    return collate(items), os.getpid(), time.process_time()
+    return clocked(collate(items))
 
 
 def load_pictures(folder: Path | None, limit: int) -> list[bytes]:
