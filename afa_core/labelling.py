@@ -62,18 +62,24 @@ class WorkingPicture:
     full_size: tuple[int, int]
 
 
-def to_working_picture(pixels: Pixels, max_side_px: int) -> WorkingPicture:
+def to_working_picture(pixels: Pixels, max_side_px: int, full_size: tuple[int, int] | None = None) -> WorkingPicture:
     """Shrink uint8 [H, W, 3] so that its long side is at most ``max_side_px``.
 
     Far larger ones are first averaged over whole blocks of pixels, as bytes: as floats they would need gigabytes.
+
+    Args:
+        pixels: of the picture; fewer than it has, if it was decoded at a smaller size.
+        max_side_px: see ``LabelConfig``.
+        full_size: H, W of the picture, which its label will have; None: those of the pixels.
     """
     height, width = pixels.shape[:2]
-    size = working_size(height, width, max_side_px)
+    full_size = full_size or (height, width)
+    size = working_size(*full_size, max_side_px)
     factor = max(height, width) // (BLOCK_ABOVE * max_side_px)
     if factor > 1:
         reduced = Image.fromarray(pixels).reduce((min(factor, width), min(factor, height)))
         pixels = np.asarray(reduced)
-    return WorkingPicture(_shrunk(normalise(pixels), size), (height, width))
+    return WorkingPicture(_shrunk(normalise(pixels), size), full_size)
 
 
 def label_pictures(

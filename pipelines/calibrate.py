@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
 from afa_core.data.shards import iterate_samples
 from afa_core.errors import InputError
-from afa_core.labelling import label_at_scores, to_full_size, to_working_picture
+from afa_core.labelling import label_at_scores, to_full_size, to_working_picture, working_size
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.label_inputs import Input, StageSeconds, read_inputs
@@ -123,12 +124,14 @@ def by_masks(
     index = load_shard_set(dataset)
     if index.classes != bundle.classes:
         raise InputError(f"{dataset} has the classes {', '.join(index.classes)}, the model {', '.join(bundle.classes)}")
-    samples = iterate_samples(split_files(dataset, index, split).paths(), index.classes, with_seg=True)
+    paths = split_files(dataset, index, split).paths()
+    needed_size = partial(working_size, max_side_px=config.max_side_px)
+    samples = iterate_samples(paths, index.classes, with_seg=True, needed_size=needed_size)
     masked = (sample for sample in samples if sample.seg_label is not None)
     scores, count = MaskedScores(len(bundle.classes) + 1), 0
     for sample in tqdm(islice(masked, pictures), desc="masked"):
         assert sample.seg_label is not None
-        picture = to_working_picture(sample.image, config.max_side_px)
+        picture = to_working_picture(sample.image, config.max_side_px, sample.full_size)
         labels, _ = label_at_scores(bundle, picture, sample.tags, config, SCORES)
         for score, label in zip(SCORES, labels, strict=True):
             scores.count(score, to_full_size(label, picture.full_size), sample.seg_label)

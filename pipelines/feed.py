@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch.utils.data import DataLoader
+import torch
 
+from afa_core.data.loading import load_batches
 from afa_core.data.order import SampleOrder
 from afa_core.data.shards import DatasetIndex
-from afa_core.data.train_samples import TrainBatch, TrainSamples, WorkerBatches, collate
+from afa_core.data.train_samples import TrainBatch, TrainSamples, WorkerBatches
 from afa_core.data.transforms import TrainTransform
 from pipelines.config import ExperimentConfig
 from pipelines.shard_store import Prefetch, split_files
@@ -33,7 +34,7 @@ def step_batches(
     samples = TrainSamples(order, files, TrainTransform(data, index.classes), index.classes, data, train.seed)
     plan = WorkerBatches(first_step, train.global_batch, train.batch_size, rank, world_size)
     # Loading processes are started before the threads of the prefetch.
-    batches = iter(DataLoader(samples, batch_sampler=plan, num_workers=data.loader_workers, collate_fn=collate))
+    batches = load_batches(samples, plan, train.batch_size, data.loader_workers, pinned=torch.cuda.is_available())
     wanted = _wanted_shards(order, plan)
     with Prefetch(files) as prefetch:
         for shards in wanted:

@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from afa_core.config import LabelConfig
 from afa_core.data.sample import BadSample, check_key, decode_sample
 from afa_core.data.shards import BadShard, iterate_shard
-from afa_core.labelling import WorkingPicture, to_working_picture
+from afa_core.labelling import WorkingPicture, to_working_picture, working_size
 from infra.errors import ServiceError
 from infra.object_store import ObjectError, fetch_file, read_object
 from pipelines.inventory import is_shard
@@ -107,12 +108,13 @@ def _decoded(raw: RawInput, classes: tuple[str, ...], config: LabelConfig) -> In
     try:
         if isinstance(raw.members, BadSample):
             raise raw.members
-        sample = decode_sample(raw.members, classes, config.max_megapixels)
+        needed_size = partial(working_size, max_side_px=config.max_side_px)
+        sample = decode_sample(raw.members, classes, config.max_megapixels, needed_size=needed_size)
         if config.tags == "given" and sample.tags is None:
             raise BadSample("no_tags", "and --tags given")
     except BadSample as bad:
         return Input(raw.key, raw.parent, raw.uri, raw.etag, None, None, bad.reason, bad.detail)
-    picture = to_working_picture(sample.image, config.max_side_px)
+    picture = to_working_picture(sample.image, config.max_side_px, sample.full_size)
     return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, sample.tags)
 
 

@@ -9,6 +9,7 @@ list), ``tags_source`` (given | predicted) and ``ignored_share`` (0..1).
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -16,9 +17,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
 from afa_core.checkpoint import Bundle, load_bundle
-from afa_core.data.sample import decode_image, encode_mask
+from afa_core.config import LabelConfig
+from afa_core.data.sample import decode_picture, encode_mask
 from afa_core.errors import InputError
-from afa_core.labelling import label_pictures
+from afa_core.labelling import WorkingPicture, label_working_pictures, to_working_picture, working_size
 
 LOADER_MODULE = "pipelines.pyfunc"
 
@@ -51,9 +53,10 @@ class AfaPyfunc:
             BadSample: a picture cannot be decoded.
             InputError: tags are not a JSON list of strings.
         """
-        images = [decode_image(bytes(data), self.bundle.label_config.max_megapixels) for data in model_input["image"]]
-        given = model_input["tags"] if "tags" in model_input else [None] * len(images)
-        labels = label_pictures(self.bundle, images, [_tags(value) for value in given])
+        config = self.bundle.label_config
+        pictures = [_working_picture(bytes(data), config) for data in model_input["image"]]
+        given = model_input["tags"] if "tags" in model_input else [None] * len(pictures)
+        labels = label_working_pictures(self.bundle, pictures, [_tags(value) for value in given], config)
         return pd.DataFrame(
             {
                 "mask": [encode_mask(label.label) for label in labels],
@@ -62,6 +65,12 @@ class AfaPyfunc:
                 "ignored_share": [label.ignored_share for label in labels],
             }
         )
+
+
+def _working_picture(data: bytes, config: LabelConfig) -> WorkingPicture:
+    needed_size = partial(working_size, max_side_px=config.max_side_px)
+    picture = decode_picture(data, config.max_megapixels, needed_size)
+    return to_working_picture(picture.pixels, config.max_side_px, picture.full_size)
 
 
 def _tags(value: Any) -> list[str] | None:

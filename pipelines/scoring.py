@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,7 +29,7 @@ from afa_core.classes import tags_to_cls_label
 from afa_core.config import CamConfig, ParConfig
 from afa_core.data.sample import Sample
 from afa_core.data.shards import iterate_samples
-from afa_core.data.transforms import denormalise_to_unit, normalise
+from afa_core.data.transforms import denormalise_to_unit, to_network_input
 from afa_core.errors import InputError
 from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
@@ -149,8 +150,8 @@ def _score_batch(
     scores: Scores,
 ) -> ScoredBatch:
     device = next(model.parameters()).device
-    image = torch.stack([normalise(sample.image) for sample in batch])
-    image = pad_small(image, cam_config.scales).to(device)
+    image = to_network_input(torch.from_numpy(np.stack([sample.image for sample in batch])), device)
+    image = pad_small(image, cam_config.scales)
     cls_label = torch.stack([tags_to_cls_label(sample.tags or (), classes) for sample in batch]).to(device)
     truth = torch.stack([torch.tensor(sample.seg_label).long() for sample in batch]).to(device)
     height, width = truth.shape[1:]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from afa_core.batch_norm import synchronise_batch_norm
 from afa_core.checkpoint import load_training_state, load_weights, save_bundle, save_training_state
 from afa_core.data.train_samples import TrainBatch
+from afa_core.data.transforms import to_network_input
 from afa_core.errors import InputError
 from afa_core.model import build_model
 from afa_core.optim import apply_schedule, build_optimizer
@@ -210,7 +211,8 @@ class Worker:
     def _to_batch(self, part: TrainBatch) -> Batch:
         """A part on the device; where none of its samples could be used a blank one, which weighs nothing."""
         if part.keys:
-            return Batch(part.image.to(self.device), part.cls_label.to(self.device), part.box)
+            cls_label = part.cls_label.to(self.device, non_blocking=True)
+            return Batch(to_network_input(part.image, self.device), cls_label, part.box)
         side = self.experiment.data.crop_px
         return Batch(
             torch.zeros(1, 3, side, side, device=self.device),

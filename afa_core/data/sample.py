@@ -15,18 +15,21 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from afa_core.classes import palette
+from afa_core.data.jpeg import decode_jpeg, jpeg_size, may_be_turned, upright
 
 Pixels = NDArray[np.uint8]
+# H, W of a picture -> the least h, w that it is needed at.
+NeededSize = Callable[[int, int], tuple[int, int]]
 
 PICTURE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PICTURE_SUFFIXES = frozenset(f".{name}" for name in PICTURE_MEMBERS)
@@ -52,6 +55,13 @@ class BadSample(Exception):
         return BadSample, (self.reason, self.detail)
 
 
+class Picture(NamedTuple):
+    """A decoded picture: uint8 [h, w, 3] RGB in display orientation, and its full size H, W; h, w may be smaller."""
+
+    pixels: Pixels
+    full_size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Sample:
     """A decoded sample.
@@ -62,6 +72,7 @@ class Sample:
         tags: class names; None where the sample carries none.
         seg_label: uint8 [H, W], 255 ignored; None unless asked for and there.
         source: where the picture came from.
+        unscaled_size: H, W of the picture where it may have been decoded at a smaller size; None: its image's.
     """
 
     key: str
@@ -69,6 +80,13 @@ class Sample:
     tags: tuple[str, ...] | None
     seg_label: Pixels | None = None
     source: str = ""
+    unscaled_size: tuple[int, int] | None = None
+
+    @property
+    def full_size(self) -> tuple[int, int]:
+        """H, W of the picture, whatever size it was decoded at."""
+        height, width = self.unscaled_size or self.image.shape[:2]
+        return height, width
 
 
 def check_key(key: str) -> str:
@@ -88,7 +106,12 @@ def path_to_key(relative: PurePath) -> str:
 
 
 def decode_sample(
-    raw: Mapping[str, Any], classes: Sequence[str], max_megapixels: float, *, with_seg: bool = False
+    raw: Mapping[str, Any],
+    classes: Sequence[str],
+    max_megapixels: float,
+    *,
+    with_seg: bool = False,
+    needed_size: NeededSize | None = None,
 ) -> Sample:
     """Sample from its members, ``{"__key__": ..., extension: bytes}``.
 
@@ -96,7 +119,8 @@ def decode_sample(
         raw: the members by extension, as WebDataset names them.
         classes: the class list, for ``.cls`` members.
         max_megapixels: larger pictures are refused before they are decoded.
-        with_seg: also decode the mask.
+        with_seg: also decode the mask, at its full size.
+        needed_size: see ``decode_picture``.
 
     Raises:
         BadSample: with its reason.
@@ -105,14 +129,15 @@ def decode_sample(
     member = next((name for name in PICTURE_MEMBERS if name in raw), None)
     if member is None:
         raise BadSample("no_image", f"{key} has none of .{', .'.join(PICTURE_MEMBERS)}")
-    image = decode_image(raw[member], max_megapixels)
+    picture = decode_picture(raw[member], max_megapixels, needed_size)
     facts = _decode_json(raw["json"]) if "json" in raw else {}
     seg_label = None
     if with_seg and SEG_MEMBER in raw:
         seg_label = decode_seg_label(raw[SEG_MEMBER], max_megapixels)
-        if seg_label.shape != image.shape[:2]:
-            raise BadSample("size_mismatch", f"mask {seg_label.shape} beside picture {image.shape[:2]}")
-    return Sample(key, image, _tags(facts, raw, classes), seg_label, str(facts.get("source", "")))
+        if seg_label.shape != picture.full_size:
+            raise BadSample("size_mismatch", f"mask {seg_label.shape} beside picture {picture.full_size}")
+    tags, source = _tags(facts, raw, classes), str(facts.get("source", ""))
+    return Sample(key, picture.pixels, tags, seg_label, source, picture.full_size)
 
 
 def decode_image(data: bytes, max_megapixels: float) -> Pixels:
@@ -121,14 +146,44 @@ def decode_image(data: bytes, max_megapixels: float) -> Pixels:
     Raises:
         BadSample: ``undecodable_image`` or ``too_many_pixels``.
     """
+    return decode_picture(data, max_megapixels).pixels
+
+
+def decode_picture(data: bytes, max_megapixels: float, needed_size: NeededSize | None = None) -> Picture:
+    """What ``decode_image`` does, but if possible at a smaller size, though not below the one that is needed.
+
+    Raises:
+        BadSample: ``undecodable_image`` or ``too_many_pixels``.
+    """
+    return _decode_fast(data, max_megapixels, needed_size) or _decode_with_pillow(data, max_megapixels)
+
+
+def _decode_fast(data: bytes, max_megapixels: float, needed_size: NeededSize | None) -> Picture | None:
+    """An ordinary JPEG; None for everything else and for whatever is odd about one, which Pillow then judges."""
+    stored = jpeg_size(data)
+    if stored is None:
+        return None
+    _check_pixels(*stored, max_megapixels)
+    try:
+        orientation = picture_header(data, max_megapixels)[1] if may_be_turned(data) else 1
+    except BadSample:
+        return None
+    on_its_side = orientation >= 5
+    full_size = stored[::-1] if on_its_side else stored
+    needed = needed_size(*full_size) if needed_size else full_size
+    pixels = decode_jpeg(data, stored, needed[::-1] if on_its_side else needed)
+    return None if pixels is None else Picture(upright(pixels, orientation), full_size)
+
+
+def _decode_with_pillow(data: bytes, max_megapixels: float) -> Picture:
     picture = _open(data, max_megapixels, "undecodable_image")
     try:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-            return _wide_grey_to_rgb(picture)
+            return Picture(_wide_grey_to_rgb(picture), (picture.height, picture.width))
         if picture.has_transparency_data:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        return np.asarray(picture.convert("RGB"))
+        return Picture(np.asarray(picture.convert("RGB")), (picture.height, picture.width))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample("undecodable_image", str(error)) from error
 
@@ -195,9 +250,13 @@ def _open(data: bytes, max_megapixels: float, reason: str) -> Image.Image:
         raise BadSample("too_many_pixels", str(error)) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise BadSample(reason, "empty" if not data else "not a picture of a known format") from error
-    if picture.width * picture.height > max_megapixels * 1e6:
-        raise BadSample("too_many_pixels", f"{picture.width} x {picture.height}, allowed {max_megapixels} megapixels")
+    _check_pixels(picture.height, picture.width, max_megapixels)
     return picture
+
+
+def _check_pixels(height: int, width: int, max_megapixels: float) -> None:
+    if height * width > max_megapixels * 1e6:
+        raise BadSample("too_many_pixels", f"{width} x {height}, allowed {max_megapixels} megapixels")
 
 
 def _wide_grey_to_rgb(picture: Image.Image) -> Pixels:

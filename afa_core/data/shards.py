@@ -22,7 +22,7 @@ import webdataset as wds
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from afa_core.classes import check_classes
-from afa_core.data.sample import BadSample, Sample, decode_sample
+from afa_core.data.sample import BadSample, NeededSize, Sample, decode_sample
 from afa_core.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -233,8 +233,9 @@ def iterate_samples(
     max_megapixels: float = 100.0,
     *,
     with_seg: bool = False,
+    needed_size: NeededSize | None = None,
 ) -> Iterator[Sample]:
-    """Decoded samples of some shards, once each and in order; bad samples are passed over.
+    """Decoded samples (see ``decode_sample``) of some shards, once each and in order; bad samples are passed over.
 
     Raises:
         BadShard: a tar cannot be read to its end.
@@ -242,6 +243,6 @@ def iterate_samples(
     for path in paths:
         for raw in iterate_shard(path):
             try:
-                yield decode_sample(raw, classes, max_megapixels, with_seg=with_seg)
+                yield decode_sample(raw, classes, max_megapixels, with_seg=with_seg, needed_size=needed_size)
             except BadSample:
                 continue

@@ -7,10 +7,11 @@ What is random about a sample follows from (seed, number). A sample that cannot 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +20,13 @@ from torch.utils.data import Dataset
 
 from afa_core.config import DataConfig
 from afa_core.data.order import SampleOrder, micro_batches
-from afa_core.data.sample import BadSample, Sample, decode_sample
+from afa_core.data.sample import BadSample, NeededSize, Sample, decode_sample
 from afa_core.data.shard_reader import ShardReader
-from afa_core.data.transforms import TrainItem
+from afa_core.data.transforms import Decode, TrainItem
 
 OPEN_SHARDS = 256
 
-Transform = Callable[[Sample, np.random.Generator], TrainItem]
+Transform = Callable[[Decode, np.random.Generator, Tensor | None], TrainItem]
 # Number of a shard -> its file; a ``BadSample`` says why there is none.
 FindShard = Callable[[int], Path]
 
@@ -43,7 +44,7 @@ class TrainBatch:
     """Samples of one worker in one part of a step.
 
     Attributes:
-        image: [B, 3, S, S] normalised crops.
+        image: uint8 [B, S, S, 3] crops, to be normalised on the device.
         cls_label: [B, F] multi-hot.
         box: [B, 4] int64, valid region y0 y1 x0 x1 of each crop.
         keys: of the samples.
@@ -55,6 +56,12 @@ class TrainBatch:
     box: Tensor
     keys: tuple[str, ...]
     skipped: tuple[SkippedSample, ...]
+
+    def pin_memory(self) -> TrainBatch:
+        """In memory that a GPU copies from while the processor goes on; a DataLoader asks for it."""
+        return replace(
+            self, image=self.image.pin_memory(), cls_label=self.cls_label.pin_memory(), box=self.box.pin_memory()
+        )
 
 
 class TrainSamples(Dataset[TrainItem | SkippedSample]):
@@ -75,15 +82,31 @@ class TrainSamples(Dataset[TrainItem | SkippedSample]):
 
     def __getitem__(self, number: int) -> TrainItem | SkippedSample:
         """The sample of a number."""
+        return self._sample(number)
+
+    def batch(self, numbers: Sequence[int], memory: Tensor | None = None) -> TrainBatch:
+        """The samples of some numbers; their crops are made in the memory uint8 [>= B, S, S, 3], if one is given."""
+        side = self.config.crop_px
+        crops = torch.empty(len(numbers), side, side, 3, dtype=torch.uint8) if memory is None else memory
+        items: list[TrainItem | SkippedSample] = []
+        good = 0
+        for number in numbers:
+            items.append(self._sample(number, crops[good]))
+            good += isinstance(items[-1], TrainItem)
+        return collate(items, crops)
+
+    def _sample(self, number: int, memory: Tensor | None = None) -> TrainItem | SkippedSample:
         shard, at = self.order.place(number)
         key = f"shard {shard}, sample {at}"
         try:
             raw = self._reader(shard).read(at)
             key = str(raw["__key__"])
-            sample = decode_sample(raw, self.classes, self.config.max_megapixels)
-            return self.transform(sample, np.random.default_rng([self.seed, number]))
+            return self.transform(partial(self._decode, raw), np.random.default_rng([self.seed, number]), memory)
         except BadSample as bad:
             return SkippedSample(bad.reason, key)
+
+    def _decode(self, raw: dict[str, Any], needed_size: NeededSize) -> Sample:
+        return decode_sample(raw, self.classes, self.config.max_megapixels, needed_size=needed_size)
 
     def _open(self, shard: int) -> ShardReader:
         path = self.find_shard(shard)
@@ -118,14 +141,16 @@ class WorkerBatches:
         return len(self.numbers(0))
 
 
-def collate(items: Sequence[TrainItem | SkippedSample]) -> TrainBatch:
-    """Samples to a batch."""
+def collate(items: Sequence[TrainItem | SkippedSample], crops: Tensor | None = None) -> TrainBatch:
+    """Samples to a batch; ``crops`` uint8 [>= B, S, S, 3] if those of the usable ones lie there already."""
     good = [item for item in items if isinstance(item, TrainItem)]
     skipped = tuple(item for item in items if isinstance(item, SkippedSample))
     if not good:
-        return TrainBatch(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (), skipped)
+        return TrainBatch(
+            torch.zeros(0, dtype=torch.uint8), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (), skipped
+        )
     return TrainBatch(
-        torch.stack([item.image for item in good]),
+        torch.stack([item.image for item in good]) if crops is None else crops[: len(good)],
         torch.stack([item.cls_label for item in good]),
         torch.stack([item.box for item in good]),
         tuple(item.key for item in good),

@@ -11,6 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,5 +105,6 @@ def in_turns(cases: Sequence[Case], rounds: int) -> list[Measurement]:
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What ``function(*arguments)`` gives in a fresh process; both must be importable or picklable."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    # Not a multiprocessing.Pool, whose processes may not start any themselves.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from afa_core.classes import SHAPES
 from afa_core.config import DataConfig
-from afa_core.data.sample import Sample
+from afa_core.data.sample import NeededSize, Pixels, Sample
 from afa_core.data.shapes import draw
-from afa_core.data.transforms import TrainTransform, denormalise_to_unit, normalise
+from afa_core.data.transforms import TrainTransform, denormalise_to_unit, normalise, to_network_input
 
 
 def sample(height: int, width: int, seed: int = 0) -> Sample:
@@ -25,28 +26,84 @@ def sample(height: int, width: int, seed: int = 0) -> Sample:
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(32, 64), st.integers(0, 2**32 - 1))
 def test_the_box_holds_the_picture_and_nothing_else(height: int, width: int, crop_px: int, seed: int) -> None:
     config = DataConfig(crop_px=crop_px, rescale=(0.5, 2.0))
-    item = TrainTransform(config, SHAPES)(sample(height, width), np.random.default_rng(seed))
-    assert item.image.shape == (3, crop_px, crop_px)
+    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width), np.random.default_rng(seed))
+    assert item.image.shape == (crop_px, crop_px, 3)
     y0, y1, x0, x1 = item.box.tolist()
     assert 0 <= y0 < y1 <= crop_px
     assert 0 <= x0 < x1 <= crop_px
     inside = torch.zeros(crop_px, crop_px, dtype=torch.bool)
     inside[y0:y1, x0:x1] = True
-    padding = item.image.abs().amax(0) < 0.02  # the mean colour, rounded to whole numbers
+    padding = (item.image == torch.tensor([124, 116, 104])).all(2)  # the mean colour, rounded to whole numbers
     assert torch.equal(padding, ~inside)
 
 
 def test_the_same_generator_gives_the_same_crop_and_another_one_another() -> None:
     transform = TrainTransform(DataConfig(crop_px=32, photometric_distortion=True), SHAPES)
-    first, again, other = (transform(sample(60, 60), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (transform(lambda _: sample(60, 60), np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(first.image, again.image)
     assert not torch.equal(first.image, other.image)
 
 
 def test_a_flip_mirrors_columns() -> None:
     config = DataConfig(crop_px=40, rescale=(1.0, 1.0), flip_probability=1.0)
-    item = TrainTransform(config, SHAPES)(sample(40, 40), np.random.default_rng(0))
-    assert torch.equal(item.image, normalise(sample(40, 40).image).flip(2))
+    item = TrainTransform(config, SHAPES)(lambda _: sample(40, 40), np.random.default_rng(0))
+    assert torch.equal(item.image, torch.from_numpy(sample(40, 40).image).flip(1))
+
+
+def whole_then_cropped(image: Pixels, config: DataConfig, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+    """The crop in plain words: rescale all of the picture, mirror all of it, cut; and where the picture is in it."""
+    height, width = image.shape[:2]
+    scale = float(rng.uniform(*config.rescale))
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    if rng.random() < config.flip_probability:
+        whole = whole[:, ::-1]
+    crop = np.full((config.crop_px, config.crop_px, 3), (124, 116, 104), np.uint8)
+    inside = np.zeros((config.crop_px, config.crop_px), bool)
+    places = []
+    for side in whole.shape[:2]:
+        length = min(side, config.crop_px)
+        at, start = int(rng.integers(config.crop_px - length + 1)), int(rng.integers(side - length + 1))
+        places.append((slice(at, at + length), slice(start, start + length)))
+    (top, rows), (left, columns) = places
+    crop[top, left], inside[top, left] = whole[rows, columns], True
+    return crop, inside
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(32, 64), st.integers(0, 2**32 - 1))
+def test_a_crop_is_the_window_of_the_whole_rescaled_picture(height: int, width: int, crop_px: int, seed: int) -> None:
+    config, image = DataConfig(crop_px=crop_px, rescale=(0.2, 3.0)), sample(height, width, seed).image
+    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width, seed), np.random.default_rng(seed))
+    expected, inside = whole_then_cropped(image, config, np.random.default_rng(seed))
+    difference = np.abs(item.image.numpy().astype(int) - expected)
+    assert difference.max() <= 2  # two passes, each rounded to bytes
+    assert difference.mean() < 0.5  # of noise: a tenth of a pixel off makes several
+    y0, y1, x0, x1 = item.box.tolist()
+    assert inside[y0:y1, x0:x1].all()
+    assert inside.sum() == (y1 - y0) * (x1 - x0)
+
+
+def test_a_picture_that_is_shrunk_is_asked_for_at_its_rescaled_size() -> None:
+    config = DataConfig(crop_px=32, rescale=(0.25, 0.25), flip_probability=0.0)
+    asked: list[tuple[int, int]] = []
+
+    def decode(needed_size: NeededSize) -> Sample:
+        asked.append(needed_size(402, 600))
+        half = np.full((201, 300, 3), 200, np.uint8)
+        return Sample("key", half, ("disc",), unscaled_size=(402, 600))
+
+    item = TrainTransform(config, SHAPES)(decode, np.random.default_rng(0))
+    assert asked == [(100, 150)]
+    assert (item.image == 200).all()
+    assert item.box.tolist() == [0, 32, 0, 32]
+
+
+def test_bytes_normalised_on_the_device_are_floats_normalised_before() -> None:
+    images = [sample(20, 30, seed).image for seed in range(3)]
+    made = to_network_input(torch.from_numpy(np.stack(images)), torch.device("cpu"))
+    assert torch.equal(made, torch.stack([normalise(image) for image in images]))
+    assert made.is_contiguous()
 
 
 def test_normalising_and_back_is_off_by_one_value_at_most() -> None:
