@@ -115,10 +115,18 @@ class Hosts:
         environment |= self.head_environment if first else {}
         processors = self.processors[self.hosts.index(host)]
         return host.start(
-            [BIN / "ray", "start", *role, f"--node-ip-address={host.address}", f"--num-cpus={processors}", "--block",
-             "--object-store-memory=150000000"],
+            [*([] if first else self._in_own_folder()), BIN / "ray", "start", *role, "--block",
+             f"--node-ip-address={host.address}", f"--num-cpus={processors}", "--object-store-memory=150000000"],
             environment, self.folder / f"{host.name}.log", own_processes=self.apart,
         )  # fmt: skip
+
+    def _in_own_folder(self) -> list[str]:
+        """Nodes that share a folder write over what they say of themselves, and a driver takes another for its own."""
+        if not self.apart:
+            return []
+        own = Path(f"{self.temp}-second")
+        own.mkdir(exist_ok=True)
+        return ["sh", "-c", f'mount --bind {own} {self.temp} && exec "$@"', "sh"]
 
     def lose_second(self) -> None:
         """Cut the second host off until the first has noticed."""
@@ -201,7 +209,7 @@ def two_hosts(folder: Path, environment: Mapping[str, str]) -> Iterator[Hosts]:
         for host in hosts.hosts:
             host.kill_all()
         remove_hosts()
-        subprocess.run(["rm", "-rf", hosts.temp], check=False)
+        subprocess.run(["rm", "-rf", hosts.temp, f"{hosts.temp}-second"], check=False)
 
 
 def remove_hosts() -> None:
