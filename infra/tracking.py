@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +31,9 @@ TrackingFailure = (MlflowException, OSError)
 MAX_PARAM_CHARACTERS = 6000
 BATCH = 90
 METRICS_BATCH = 900  # MLflow takes at most 1000 at once
+# The end of a run is told to a server that is away again for so long.
+CLOSING_S = 60.0
+RETRY_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +53,12 @@ def tracking_uri(configured: str | None) -> str:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return uri
+
+
+def answer_soon() -> None:
+    """Do not wait minutes for a server that is away, as mlflow would at every request; the environment goes first."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 def safe_uri(uri: str) -> str:
@@ -76,55 +85,70 @@ class RunLogger:
         quiet()
         return cls(uri, run_id)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record finite and non-finite numbers alike at a step."""
-        self.log_history({step: metrics})
+    def log_points(self, points: Sequence[Metric]) -> bool:
+        """Record numbers, at most ``METRICS_BATCH``; whether they were taken."""
+        return self._try("log_batch", self.run_id, metrics=points)
 
-    def log_history(self, history: Mapping[int, Mapping[str, float]]) -> None:
-        """Record the numbers of several steps in few requests."""
-        now = int(time.time() * 1000)
-        points = [
-            Metric(key, float(value), now, step) for step, metrics in history.items() for key, value in metrics.items()
-        ]
-        for start in range(0, len(points), METRICS_BATCH):
-            self._try("log_batch", self.run_id, metrics=points[start : start + METRICS_BATCH])
-
-    def last_step(self, metric: str) -> int:
-        """The last step at which a metric was recorded; -1 if there is none."""
+    def last_step(self, metric: str) -> int | None:
+        """The last step at which a metric was recorded, -1 if it never was; None if nobody can tell."""
         try:
             return max(
                 (point.step for point in MlflowClient(self.uri).get_metric_history(self.run_id, metric)), default=-1
             )
-        except TrackingFailure:
-            return -1
+        except TrackingFailure as error:
+            self._note("get_metric_history", error)
+            return None
 
-    def log_picture(self, png: bytes, artifact_path: str) -> None:
-        """Store a PNG file under ``artifact_path`` of the run."""
+    def log_picture(self, png: bytes, artifact_path: str) -> bool:
+        """Store a PNG file under ``artifact_path`` of the run; whether it was taken."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(artifact_path).name
             path.write_bytes(png)
-            self._try("log_artifact", self.run_id, str(path), str(Path(artifact_path).parent))
+            return self._try("log_artifact", self.run_id, str(path), str(Path(artifact_path).parent))
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set run tags."""
-        self._try("log_batch", self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    def set_tags(self, tags: Mapping[str, str]) -> bool:
+        """Set run tags; whether they were taken."""
+        return self._try("log_batch", self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def reopen(self) -> None:
         """Mark a run that goes on as running."""
         self._try("update_run", self.run_id, "RUNNING")
 
-    def finish(self, status: str) -> None:
-        """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        self._try("set_terminated", self.run_id, status)
+    def finish(
+        self, status: str, tags: Mapping[str, str], *, step: int = 0, metrics: Mapping[str, float] | None = None,
+        patience_s: float = CLOSING_S,
+    ) -> bool:  # fmt: skip
+        """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED`` with its last words.
 
-    def _try(self, method: str, *arguments: Any, **keywords: Any) -> None:
+        Returns:
+            Whether the server took it, which is asked again for ``patience_s``.
+        """
+        now = int(time.time() * 1000)  # a point that is sent again is the same point
+        points = [Metric(key, float(value), now, step) for key, value in (metrics or {}).items()]
+        deadline = time.monotonic() + patience_s
+        while not (
+            (not points or self.log_points(points))
+            and self.set_tags(tags)
+            and self._try("set_terminated", self.run_id, status)
+        ):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(min(RETRY_S, patience_s))
+        return True
+
+    def _try(self, method: str, *arguments: Any, **keywords: Any) -> bool:
         try:
             getattr(MlflowClient(self.uri), method)(*arguments, **keywords)
         except TrackingFailure as error:
-            kind = type(error).__name__
-            self.failures[kind] = self.failures.get(kind, 0) + 1
-            if self.failures[kind] == 1:
-                _log.warning("MLflow %s failed (%s), the job goes on: %s", method, kind, safe_uri(str(error))[:300])
+            self._note(method, error)
+            return False
+        return True
+
+    def _note(self, method: str, error: Exception) -> None:
+        kind = type(error).__name__
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+        if self.failures[kind] == 1:
+            _log.warning("MLflow %s failed (%s), the job goes on: %s", method, kind, safe_uri(str(error))[:300])
 
 
 def open_run(uri: str, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> RunLogger:

@@ -2,7 +2,7 @@
 
     afa STAGE ...              the same as  python -m pipelines.STAGE ...
 
-Exit status: 0 done, 1 failed, 2 a mistake of the user (one line on standard error), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 a mistake of the user (one line on standard error), 130 or 143 interrupted.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def guarded(run: Run, arguments: argparse.Namespace) -> int:
     """Run a stage; a mistake of the user becomes one line and status 2."""
     from afa_core.errors import InputError
     from infra.errors import ServiceError
-    from pipelines.errors import UsageError
+    from pipelines.errors import Terminated, UsageError
 
     try:
         return run(arguments)
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     except Exception as error:
         for cause in causes(error):
             if isinstance(cause, InputError | ServiceError | UsageError):

@@ -29,6 +29,7 @@ from afa_core.config import (
     ModelConfig,
     OptimConfig,
     ParConfig,
+    Positive,
 )
 from pipelines.errors import UsageError
 
@@ -43,6 +44,8 @@ class TrainConfig:
     # The global batch and with them the learning rate stay: fewer workers accumulate gradients.
     workers: Count = 1
     min_workers: Count | None = None
+    # Seconds between two looks for machines to grow onto while there are fewer workers than that.
+    grow_check_s: Positive = 60.0
     # A GPU for each worker. None: if the cluster has that many now; one that starts nodes on demand may have none yet.
     use_gpu: bool | None = None
     batch_size: Count = 2  # pictures a step and worker
@@ -52,6 +55,7 @@ class TrainConfig:
     log_every: Count = 50
     # A checkpoint is written with every evaluation as well.
     eval_every: Count = 2_000
+    # The most steps that the loss of a machine or of everything can cost: a checkpoint is taken twice as often.
     checkpoint_every: Count = 500
     # Validation pictures an evaluation looks at; None: all.
     eval_samples: Count | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -39,6 +40,16 @@ HEARTBEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 
 
+def claim_uri(run_uri: str, name: str) -> str:
+    """The claim of a driver."""
+    return join(join(run_uri, DRIVERS), f"{name}.json")
+
+
+def alive_uri(run_uri: str, name: str) -> str:
+    """What a driver writes again and again."""
+    return join(join(run_uri, DRIVERS), f"{name}.alive")
+
+
 class DriverLease:
     """Held while the ``with`` block runs."""
 
@@ -56,8 +67,8 @@ class DriverLease:
             UsageError: another driver is at work.
         """
         claim = {"host": _host(), "pid": os.getpid(), "started": time.time()}
-        write_object(join(self.folder, f"{self.name}.json"), json.dumps(claim).encode())
-        write_object(self._alive_uri(self.name), b"")
+        write_object(claim_uri(self.run_uri, self.name), json.dumps(claim).encode())
+        write_object(alive_uri(self.run_uri, self.name), b"")
         time.sleep(2.5 if self.folder.startswith(S3) else 0.2)
         try:
             self._yield_to_earlier()
@@ -70,14 +81,13 @@ class DriverLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the run free."""
+        """Give the run free. A store that refuses is no failure of the job: the claim lapses by itself."""
         self._ended.set()
         self._thread.join()
         try:
             self._remove(self.name)
-        except ServiceError:
-            if error is None:
-                raise
+        except ServiceError as refusal:
+            print(f"the claim on {self.run_uri} stays for {DEAD_AFTER_S:.0f} s: {refusal}", file=sys.stderr)
 
     def _yield_to_earlier(self) -> None:
         found = {item.uri.rsplit("/", 1)[1]: item for item in list_objects(self.folder)}
@@ -87,8 +97,8 @@ class DriverLease:
             if suffix != "json" or name == self.name:
                 continue
             claim = self._read_claim(item)
-            beat = find_object(self._alive_uri(name)) or item
-            now = find_object(self._alive_uri(self.name)) or own  # the store's clock
+            beat = find_object(alive_uri(self.run_uri, name)) or item
+            now = find_object(alive_uri(self.run_uri, self.name)) or own  # the store's clock
             silent_s = max(0.0, now.modified - beat.modified)
             if claim is None:
                 continue
@@ -110,12 +120,9 @@ class DriverLease:
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             try:
-                write_object(self._alive_uri(self.name), b"")
+                write_object(alive_uri(self.run_uri, self.name), b"")
             except ServiceError:
                 continue  # the store will be back, or the job will fail of it
-
-    def _alive_uri(self, name: str) -> str:
-        return join(self.folder, f"{name}.alive")
 
     def _remove(self, name: str) -> None:
         for suffix in ("alive", "json"):
@@ -123,9 +130,11 @@ class DriverLease:
 
 
 def _host() -> str:
-    """This machine since it was last started: process numbers mean nothing elsewhere."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip()[:8]}" if boot.exists() else socket.gethostname()
+    """This machine since it was last started, or this container on it: process numbers mean nothing elsewhere."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not boot.exists():
+        return socket.gethostname()
+    return f"{socket.gethostname()}/{boot.read_text().strip()[:8]}/{processes.readlink()}"
 
 
 def _is_dead_here(claim: dict[str, Any]) -> bool:

@@ -6,3 +6,7 @@
 
 class UsageError(Exception):
     """A command was asked for something it cannot do; the message names it and the way out."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, but for the exit status."""

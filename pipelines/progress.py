@@ -17,14 +17,14 @@ class Progress:
     """Counts what is done and prints a line when asked.
 
     Rates are those of the last ``window`` counts, so that an ETA follows a job that changes its pace and a burst of
-    results is no pace. Time that ``pause`` takes out (an evaluation, say) is in no rate.
+    results is no pace. Time that ``pause`` or ``leave_out`` takes out (evaluations, checkpoints) is in no rate.
     """
 
     def __init__(self, what: str, total: int, done: int = 0, window: int = 50) -> None:
         self.what, self.total, self.done = what, total, done
         self._recent: deque[tuple[int, float]] = deque(maxlen=window)  # images, seconds
         self._last = time.monotonic()
-        self._waited_s = self._waited_total_s = self._total_s = 0.0
+        self._waited_s = self._left_out_s = self._waited_total_s = self._total_s = 0.0
 
     def count(self, images: int) -> None:
         """One more step, with so many pictures."""
@@ -32,13 +32,18 @@ class Progress:
         self._recent.append((images, now - self._last))
         self._total_s += now - self._last
         self._waited_total_s += self._waited_s
-        self._waited_s = 0.0
+        self._waited_s = self._left_out_s = 0.0
         self._last = now
         self.done += 1
 
     def waited(self, seconds: float) -> None:
-        """So much of the present step was spent waiting for its pictures."""
+        """So much of the present step was spent waiting for its pictures, by the worker that waited longest."""
         self._waited_s += seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last step was spent on a checkpoint."""
+        self._last += seconds
+        self._left_out_s += seconds
 
     def pause(self) -> None:
         """Forget the time since the last ``count``."""
@@ -50,9 +55,13 @@ class Progress:
         return sum(images for images, _ in self._recent) / seconds if seconds else 0.0
 
     def rates(self) -> dict[str, float]:
-        """Numbers of the present step for a log: how fast lately, and how long it and the wait for its data took."""
-        step_s = time.monotonic() - self._last
-        return {"images_per_s": self.images_per_s(), "time.step_s": step_s, "time.data_s": self._waited_s}
+        """Numbers of the present step for a log: how fast lately, how long it took, waits for data and checkpoints."""
+        return {
+            "images_per_s": self.images_per_s(),
+            "time.step_s": time.monotonic() - self._last,
+            "time.data_s": self._waited_s,
+            "time.checkpoint_s": self._left_out_s,
+        }
 
     def bottleneck(self) -> str:
         """Words on what limited the speed, over all steps."""

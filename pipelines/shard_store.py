@@ -9,10 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from afa_core.data.sample import BadSample
@@ -28,11 +28,9 @@ from afa_core.data.shards import (
 from afa_core.errors import InputError
 from infra.errors import ServiceError
 from infra.object_store import S3, ObjectError, fetch_file, join, list_objects
+from pipelines.patience import patiently
 
 CACHE_VARIABLE = "AFA_CACHE"
-# A store that refuses is asked again for so long; then the worker fails, and with it the run.
-PATIENCE_S = 600.0
-RETRY_S = 5.0
 PREFETCH_THREADS = 4
 
 
@@ -49,6 +47,8 @@ def load_shard_set(source: str) -> DatasetIndex:
         try:
             fetch_file(join(source, INDEX), Path(scratch))
         except ObjectError as error:
+            if error.reason == "unavailable":
+                raise ServiceError(f"cannot read {join(source, INDEX)}: the store does not answer") from error
             raise InputError(f"{source} is no shard set: {INDEX}: {error.reason}") from error
         return load_dataset_index(scratch)
 
@@ -136,7 +136,7 @@ class ShardFiles:
                 return path
             scratch = path.with_suffix(".partial")
             scratch.mkdir(exist_ok=True)
-            fetched = fetch_patiently(join(self.source, entry.name), scratch)
+            fetched = patiently(partial(_fetch_shard, join(self.source, entry.name), scratch))
             if file_sha256(fetched) != entry.sha256:
                 fetched.unlink()
                 raise BadSample("bad_shard", f"{entry.name} differs from its SHA-256 in {INDEX}")
@@ -146,7 +146,7 @@ class ShardFiles:
         return path
 
     def _evict(self, folder: Path, keep: Path) -> None:
-        """Delete what was not used for longest; who has it open reads on."""
+        """Delete what was not used for longest; who has it open reads on. Locks stay: others may be waiting for one."""
         found = []
         for path in folder.glob("*.tar"):
             try:
@@ -159,7 +159,6 @@ class ShardFiles:
                 return
             if path != keep:
                 path.unlink(missing_ok=True)
-                path.with_suffix(".lock").unlink(missing_ok=True)
                 excess -= size
 
 
@@ -198,23 +197,19 @@ class Prefetch:
             return  # whoever needs the shard meets the same and says so
 
 
-def fetch_patiently(uri: str, scratch: Path) -> Path:
-    """An object as a file; a store that does not answer is asked again for ``PATIENCE_S``.
+def _fetch_shard(uri: str, scratch: Path) -> Path:
+    """An object as a file.
 
     Raises:
         BadSample: ``bad_shard``: it is gone or refused.
         ServiceError: the store does not answer.
     """
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return fetch_file(uri, scratch)[0]
-        except ObjectError as error:
-            if error.reason != "unavailable":
-                raise BadSample("bad_shard", str(error)) from error
-            if time.monotonic() > deadline:
-                raise ServiceError(f"cannot read {uri}: no answer for {PATIENCE_S:.0f} s") from error
-        time.sleep(RETRY_S)
+    try:
+        return fetch_file(uri, scratch)[0]
+    except ObjectError as error:
+        if error.reason != "unavailable":
+            raise BadSample("bad_shard", str(error)) from error
+        raise ServiceError(f"cannot read {uri}: no answer") from error
 
 
 def cache_folder() -> Path:

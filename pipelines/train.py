@@ -2,13 +2,15 @@
 
 The driver checks the configuration and the shards, opens the MLflow run, starts the workers, and records what they
 leave behind. Lost workers are started anew and go on from the newest checkpoint; after the loss of the driver the same
-command with --resume does. Exit status: 0 trained, 1 failed (the run says why), 2 a mistake in the input.
+command with --resume does. Exit status: 0 trained, 1 failed (the run says why), 2 a mistake in the input, 130 and 143
+interrupted by Ctrl-C and by SIGTERM (``ray job stop``, the end of a pod).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,19 +29,19 @@ from afa_core.data.shards import DatasetIndex, dataset_digest
 from afa_core.errors import InputError
 from afa_core.model import build_model
 from infra.object_store import ObjectError, find_object, join, read_object, write_object
-from infra.tracking import RunLogger, open_run, safe_uri, tracking_uri
+from infra.tracking import RunLogger, answer_soon, open_run, safe_uri, tracking_uri
 from pipelines.checkpoints import CheckpointStore
 from pipelines.cli import causes, stage_main
 from pipelines.config import ExperimentConfig, TrainConfig, experiment_to_values, load_experiment
 from pipelines.driver_lease import DriverLease
-from pipelines.errors import UsageError
+from pipelines.errors import Terminated, UsageError
 from pipelines.label_sources import absolute_source
 from pipelines.local_ray import processor_share, start_ray
+from pipelines.patience import patiently
 from pipelines.shard_store import load_shard_set, verify_shard_set
-from pipelines.training import WorkerSettings, train_worker
+from pipelines.training import WorkerSettings, checkpoints_uri, train_worker
 
 RUN_FILE = "afa_run.json"
-CHECKPOINTS = "checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume_existing and not arguments.run_name:
         raise UsageError("--resume-existing goes with --run-name NAME")
     dataset, storage = absolute_source(arguments.dataset), absolute_source(arguments.storage)
+    answer_soon()
     index = load_shard_set(dataset)
     check_inputs(index, experiment)
     verify_shard_set(dataset, index, ["train", "val"])
@@ -69,11 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     run_uri = join(storage, name)
     resume = check_name(run_uri, must=arguments.resume is not None, may=arguments.resume_existing)
-    with DriverLease(run_uri):
+    with DriverLease(run_uri) as lease:
         logger = attach_or_open(run_uri, experiment, index, dataset, resume=resume)
         print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
         settings = WorkerSettings(
-            experiment_to_values(experiment), dataset, join(run_uri, CHECKPOINTS), logger.uri, logger.run_id
+            experiment_to_values(experiment), dataset, run_uri, lease.name, logger.uri, logger.run_id
         )
         return finish(settings, workers, logger, experiment, name)
 
@@ -103,15 +106,16 @@ def scaling(train: TrainConfig) -> ScalingConfig:
     use_gpu = train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    size: dict[str, Any] = {"num_workers": number, "elastic_resize_monitor_interval_s": train.grow_check_s}
     if use_gpu:
-        return ScalingConfig(num_workers=number, use_gpu=True)
+        return ScalingConfig(use_gpu=True, **size)
     share = processor_share(train.workers) or processor_share(least)
     if not share:
         raise UsageError(
             f"train.workers={train.workers}, but the cluster has {int(ray.cluster_resources().get('CPU', 0))} "
             "processors; wait for its nodes, or set train.use_gpu=true where it starts nodes with GPUs on demand"
         )
-    return ScalingConfig(num_workers=number, resources_per_worker={"CPU": share})
+    return ScalingConfig(resources_per_worker={"CPU": share}, **size)
 
 
 def check_name(run_uri: str, *, must: bool, may: bool) -> bool:
@@ -184,28 +188,40 @@ def read_record(uri: str) -> dict[str, Any]:
 def finish(
     settings: WorkerSettings, workers: ScalingConfig, logger: RunLogger, experiment: ExperimentConfig, name: str
 ) -> int:
-    """Start the workers, wait for them, and record the outcome in the run."""
+    """Start the workers, wait for them, and record the outcome in the run.
+
+    Raises:
+        UsageError, InputError: the data are at fault.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, with words on how to go on.
+    """
+    before = signal.signal(signal.SIGTERM, _terminated)  # Ray's own answer records nothing
     try:
         # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
         outcome = ThreadPoolExecutor(1).submit(train, settings, workers, experiment, name).result()
+        if "error" not in outcome:
+            return record_success(settings, logger, experiment, outcome)
+    except KeyboardInterrupt as interrupt:
+        logger.finish("KILLED", {"afa.status": "interrupted"}, patience_s=0)  # there may be three seconds left
+        ray.shutdown()  # ends the workers, and with them the thread
+        raise type(interrupt)(f"go on with --resume {name}") from None
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            logger.set_tags({"afa.status": "interrupted"})
-            logger.finish("KILLED")
-            ray.shutdown()  # ends the workers, and with them the thread
-            raise KeyboardInterrupt(f"go on with --resume {name}") from None
         reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
         outcome = {"error": f"{type(reason).__name__}: {reason}", "users": False}
         if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
             record_failure(logger, outcome["error"])
             raise
-    if "error" in outcome:
-        record_failure(logger, outcome["error"])
-        if outcome["users"]:
-            raise UsageError(outcome["error"])
-        print(f"training failed: {outcome['error']}", file=sys.stderr)
-        return 1
-    return record_success(settings, logger, experiment, outcome["speed"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    record_failure(logger, outcome["error"])
+    say_what_is_missing(outcome)
+    if outcome["users"]:
+        raise UsageError(outcome["error"])
+    print(f"training failed: {outcome['error']}", file=sys.stderr)
+    return 1
+
+
+def _terminated(*_: object) -> None:
+    raise Terminated
 
 
 def train(settings: WorkerSettings, workers: ScalingConfig, experiment: ExperimentConfig, name: str) -> dict[str, Any]:
@@ -229,30 +245,42 @@ def train(settings: WorkerSettings, workers: ScalingConfig, experiment: Experime
 
 def record_failure(logger: RunLogger, reason: str) -> None:
     """Close the run with the reason."""
-    logger.set_tags({"afa.status": "failed", "afa.error": reason[:500]})
-    logger.finish("FAILED")
+    logger.finish("FAILED", {"afa.status": "failed", "afa.error": reason[:500]})
 
 
-def record_success(settings: WorkerSettings, logger: RunLogger, experiment: ExperimentConfig, speed: str) -> int:
+def record_success(
+    settings: WorkerSettings, logger: RunLogger, experiment: ExperimentConfig, outcome: dict[str, Any]
+) -> int:
     """Close the run with its best checkpoint; 0."""
     metric = experiment.train.best_metric
-    best = CheckpointStore(settings.checkpoints, metric=metric).best()
+    best = patiently(CheckpointStore(checkpoints_uri(settings.run_uri), metric=metric).best)
     assert best is not None  # the last step is always evaluated
-    logger.log_metrics({f"best.{name}": value for name, value in best.scores.items()}, experiment.optim.total_steps)
-    logger.set_tags(
+    closed = logger.finish(
+        "FINISHED",
         {
             "afa.status": "finished",
             "afa.best_checkpoint": best.uri,
             "afa.best_score": str(best.scores[metric]),
-            "afa.speed": speed,
-        }
+            "afa.speed": outcome["speed"],
+        },
+        step=experiment.optim.total_steps,
+        metrics={f"best.{name}": value for name, value in best.scores.items()},
     )
-    logger.finish("FINISHED")
-    print(speed)
+    print(outcome["speed"])
     print(f"best checkpoint {best.uri}")
     print("  ".join(f"{name} {value:.3f}" for name, value in best.scores.items()))
-    print(f"register it:  afa register {logger.run_id} --name NAME")
+    say_what_is_missing(outcome)
+    if closed:
+        print(f"register it:  afa register {logger.run_id} --name NAME")
+    else:
+        print("MLflow did not take the end of the run; the same command with --resume tells it again", file=sys.stderr)
     return 0
+
+
+def say_what_is_missing(outcome: dict[str, Any]) -> None:
+    """What MLflow did not take of the numbers."""
+    if outcome.get("unsent"):
+        print(outcome["unsent"], file=sys.stderr)
 
 
 def git_commit() -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def afa_command(*words: object) -> list[str]:
@@ -22,12 +23,14 @@ def afa(*words: object, status: int = 0) -> str:
 
 
 @contextmanager
-def afa_running(*words: object, until: Callable[[], bool], timeout_s: float = 150) -> Iterator[subprocess.Popen[str]]:
-    """A command that has come so far that ``until`` holds."""
+def afa_running(
+    *words: object, until: Callable[[], bool], timeout_s: float = 150, log: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A command that has come so far that ``until`` holds; what it prints goes into ``log``, or is for the caller."""
     process = subprocess.Popen(
         afa_command(*words),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=log.open("w") if log else subprocess.PIPE,
+        stderr=subprocess.STDOUT if log else subprocess.PIPE,
         text=True,
         start_new_session=True,
         # Shells start background jobs with Ctrl-C ignored, and so it would be here.

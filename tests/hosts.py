@@ -28,6 +28,7 @@ IMPATIENT = {
     "RAY_health_check_failure_threshold": "3",
     # Train waits so long for workers on machines that it does not know to be gone.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 
 
@@ -56,11 +57,14 @@ class Host:
         """Plug it in."""
         ip("link", "set", self.link, "up")
 
-    def start(self, words: Sequence[object], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-        """A process on this host."""
+    def start(
+        self, words: Sequence[object], environment: Mapping[str, str], log: Path, *, own_processes: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """A process on this host; if it is to have a process table of its own, killing it kills all below it."""
+        apart = ["unshare", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"] if own_processes else []
         with log.open("ab") as stream:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *map(str, words)],
+                ["ip", "netns", "exec", self.name, *apart, *map(str, words)],
                 env=dict(environment), stdout=stream, stderr=stream, cwd=ROOT, start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
@@ -78,7 +82,16 @@ class Host:
 
 
 class Hosts:
-    """A Ray cluster over hosts: the first has the head, and every one a processor."""
+    """A Ray cluster over hosts: the first has the head.
+
+    Attributes:
+        processors: of each host.
+        head_words, head_environment: what the head alone is told.
+        apart: hosts do not see each other's processes. A head that starts would find those of its cluster otherwise.
+    """
+
+    processors = (1, 1)
+    apart = False
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
@@ -88,18 +101,32 @@ class Hosts:
             **environment, **IMPATIENT, "GLOO_SOCKET_IFNAME": "eth0", "RAY_AUTH_MODE": "token",
             "RAY_ADDRESS": f"10.77.0.1:{PORT}", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
+        self.head_words: list[str] = []
+        self.head_environment: dict[str, str] = {}
         self.hosts = [Host(number) for number in (1, 2)]
 
     def start_ray(self, host: Host) -> subprocess.Popen[bytes]:
         """The host's part in the cluster."""
-        head = ["--head", f"--port={PORT}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.temp}"]
-        role = head if host is self.hosts[0] else [f"--address=10.77.0.1:{PORT}"]
+        head = ["--head", f"--port={PORT}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.temp}",
+                *self.head_words]  # fmt: skip
+        first = host is self.hosts[0]
+        role = head if first else [f"--address=10.77.0.1:{PORT}"]
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
+        environment |= self.head_environment if first else {}
+        processors = self.processors[self.hosts.index(host)]
         return host.start(
-            [BIN / "ray", "start", *role, f"--node-ip-address={host.address}", "--num-cpus=1", "--block",
-             "--object-store-memory=150000000"],
-            environment, self.folder / f"{host.name}.log",
+            [*([] if first else self._in_own_folder()), BIN / "ray", "start", *role, "--block",
+             f"--node-ip-address={host.address}", f"--num-cpus={processors}", "--object-store-memory=150000000"],
+            environment, self.folder / f"{host.name}.log", own_processes=self.apart,
         )  # fmt: skip
+
+    def _in_own_folder(self) -> list[str]:
+        """Nodes that share a folder write over what they say of themselves, and a driver takes another for its own."""
+        if not self.apart:
+            return []
+        own = Path(f"{self.temp}-second")
+        own.mkdir(exist_ok=True)
+        return ["sh", "-c", f'mount --bind {own} {self.temp} && exec "$@"', "sh"]
 
     def lose_second(self) -> None:
         """Cut the second host off until the first has noticed."""
@@ -114,14 +141,30 @@ class Hosts:
         self.start_ray(second)
         self.wait_for_nodes(2)
 
+    def drain_second(self, seconds: int) -> None:
+        """Tell Ray that the second host will be taken away, as a cloud does with a spot machine."""
+        node = self._ask_head(NODE_OF, self.hosts[1].address).stdout.strip()
+        told = self._on_head(
+            BIN / "ray", "drain-node", "--address", f"10.77.0.1:{PORT}", "--node-id", node,
+            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away",
+            "--deadline-remaining-seconds", seconds,
+        )  # fmt: skip
+        assert told.returncode == 0, told.stdout + told.stderr
+
+    def _ask_head(self, code: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return self._on_head(BIN / "python", "-c", code, f"10.77.0.1:{PORT}", *words)
+
+    def _on_head(self, *command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["ip", "netns", "exec", "afa-h1", *map(str, command)],
+            env=self.environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
     def wait_for_nodes(self, number: int, timeout_s: float = 90) -> None:
         """Until so many are alive."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            answer = subprocess.run(
-                ["ip", "netns", "exec", "afa-h1", BIN / "python", "-c", COUNT_NODES, f"10.77.0.1:{PORT}"],
-                env=self.environment, capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            answer = self._ask_head(COUNT_NODES)
             if answer.stdout.strip() == str(number):
                 return
             time.sleep(1)
@@ -134,6 +177,12 @@ import sys
 from ray._raylet import GcsClient
 nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
 print(sum(node.state == 0 for node in nodes.values()))
+"""
+NODE_OF = """
+import sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
+print(next(i.hex() for i, node in nodes.items() if node.state == 0 and node.node_manager_address == sys.argv[2]))
 """
 
 
@@ -160,7 +209,7 @@ def two_hosts(folder: Path, environment: Mapping[str, str]) -> Iterator[Hosts]:
         for host in hosts.hosts:
             host.kill_all()
         remove_hosts()
-        subprocess.run(["rm", "-rf", hosts.temp], check=False)
+        subprocess.run(["rm", "-rf", hosts.temp, f"{hosts.temp}-second"], check=False)
 
 
 def remove_hosts() -> None:

@@ -11,11 +11,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import descendants
 from servers.s3 import free_port
 
 # What must be found in no file afterwards.
@@ -59,6 +60,51 @@ class RayHead:
             check=False, timeout=240,
         )  # fmt: skip
 
+    def start(self, name: str, *words: object) -> None:
+        """``ray job submit`` of a job that goes on by itself."""
+        command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", name, "--"]
+        self._run([*command, *words])
+
+    def stop(self, name: str) -> str:
+        """``ray job stop``; what the job printed."""
+        self._run([BIN / "ray", "job", "stop", name])
+        return self._run([BIN / "ray", "job", "logs", name])
+
+    def _run(self, command: Sequence[object]) -> str:
+        answer = subprocess.run(
+            list(map(str, command)), env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=120,
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout
+
+
+@dataclass(frozen=True)
+class TrackingServer:
+    """A running MLflow server.
+
+    Attributes:
+        address: host and port.
+        folder: database and artifacts.
+        pid: of the process that has the others below it.
+    """
+
+    address: str
+    folder: Path
+    pid: int
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Stop it: it takes connections and answers nothing."""
+        processes = [self.pid, *descendants(self.pid)]
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                os.kill(process, signal.SIGCONT)
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -68,15 +114,23 @@ class Cluster:
         head: the Ray head.
         folder: the operator's home, where shards and runs are.
         shards: a small shard set.
-        tracking_uri: of the MLflow server, without the password.
-        tracking_folder: the server's database and artifacts.
+        tracking: the MLflow server.
+        tracking_uri: of it, without the password.
+        tracking_folder: its database and artifacts.
     """
 
     head: RayHead
     folder: Path
     shards: Path
-    tracking_uri: str
-    tracking_folder: Path
+    tracking: TrackingServer
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"http://{self.tracking.address}"
+
+    @property
+    def tracking_folder(self) -> Path:
+        return self.tracking.folder
 
 
 def plain_environment(home: Path) -> dict[str, str]:

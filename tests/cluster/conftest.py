@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from ray_head import BIN, MLFLOW_PASSWORD, TOKEN, Cluster, plain_environment, ray_head
+from processes import descendants
+from ray_head import BIN, MLFLOW_PASSWORD, TOKEN, Cluster, TrackingServer, plain_environment, ray_head
 from servers.s3 import ACCESS_KEY, SECRET_KEY, free_port
+from shard_sets import write_shapes
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Address and folder of a real MLflow server; it does not mind which user name and password it is sent."""
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """A real MLflow server; it does not mind which user name and password it is sent."""
     folder = tmp_path_factory.mktemp("mlflow-server")
     address = f"127.0.0.1:{free_port()}"
     host, port = address.split(":")
@@ -31,32 +34,32 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
             assert process.poll() is None, (folder / "server.log").read_text()
             assert time.monotonic() < deadline, (folder / "server.log").read_text()
             time.sleep(0.3)
-        yield address, folder
+        yield TrackingServer(address, folder, process.pid)
     finally:
-        process.terminate()
-        process.wait(30)
+        for pid in (*descendants(process.pid), process.pid):  # asked politely it waits for open connections
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="session")
-def cluster(mlflow_server: tuple[str, Path], s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(mlflow_server: TrackingServer, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head whose processes are told the addresses and the secrets by their environment."""
-    address, tracking_folder = mlflow_server
     folder = tmp_path_factory.mktemp("operator")
     environment = {
-        "MLFLOW_TRACKING_URI": f"http://afa:{MLFLOW_PASSWORD}@{address}",
+        "MLFLOW_TRACKING_URI": f"http://afa:{MLFLOW_PASSWORD}@{mlflow_server.address}",
         "MLFLOW_TRACKING_USERNAME": "afa",
         "MLFLOW_TRACKING_PASSWORD": MLFLOW_PASSWORD,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": s3,
+        "TMPDIR": str(folder / "tmp"),  # where a job's own temporary files can be searched
     }
+    (folder / "tmp").mkdir()
     shards = folder / "shards"
-    sizes = ["--train", 12, "--val", 6, "--size-px", 64, "--samples-per-shard", 6]
+    write_shapes(shards, train=12, val=6, size_px=64, samples_per_shard=6)
     with ray_head(folder, TOKEN, environment) as head:
-        packed = head.submit("python", "-m", "pipelines.build_shards", "shapes", shards, *sizes)
-        assert packed.returncode == 0, packed.stdout + packed.stderr
-        yield Cluster(head, folder, shards, f"http://{address}", tracking_folder)
+        yield Cluster(head, folder, shards, mlflow_server)
 
 
 def _answers(url: str) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import boto3
 from ray_head import MLFLOW_PASSWORD, SHORT, TOKEN, Cluster
 from servers.s3 import SECRET_KEY
 
-from infra.object_store import list_objects, read_object
+from infra.object_store import list_objects, read_object, write_object
 
 SECRETS = {
     "token": TOKEN.encode(),
@@ -28,18 +32,37 @@ def files_below(*folders: Path) -> Iterator[tuple[str, bytes]]:
                 yield str(path), path.read_bytes()
 
 
+def kill_driver(cluster: Cluster, until: str) -> None:
+    """Kill the job's driver as soon as there is a checkpoint; Ray ends its workers."""
+    deadline = time.monotonic() + 150
+    while not any(found.uri.endswith(".json") for found in list_objects(until)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    table = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    drivers = [line.split()[0] for line in table.splitlines() if f"--run-name {cluster.folder.name}" in line]
+    assert drivers
+    for pid in drivers:
+        os.kill(int(pid), signal.SIGKILL)
+
+
 def test_what_jobs_leave_behind_holds_no_secret(cluster: Cluster) -> None:
     boto3.client("s3").create_bucket(Bucket="masks")
     python = ["python", "-m"]
-    runs, output = cluster.folder / "secret-runs", "s3://masks/labels"
-    trained = cluster.head.submit(
-        *python, "pipelines.train", cluster.shards, *SHORT, "--storage", runs, "--run-name", "one"
-    )
+    shards, runs, output = "s3://masks/shards", "s3://masks/runs", "s3://masks/labels"
+    for path in cluster.shards.iterdir():
+        write_object(f"{shards}/{path.name}", path.read_bytes())
+    # From S3 to S3, killed on the way: what it had no time to clear away is searched too.
+    long = ["--set", "optim.total_steps=60", "--set", "train.eval_every=60", "--set", "train.checkpoint_every=2"]
+    words = [*python, "pipelines.train", shards, *SHORT, *long, "--storage", runs]
+    cluster.head.start("killed", *words, "--run-name", cluster.folder.name)
+    kill_driver(cluster, until=f"{runs}/{cluster.folder.name}/checkpoints")
+    trained = cluster.head.submit(*words, "--resume", cluster.folder.name)
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    run_id = json.loads((runs / "one" / "afa_run.json").read_text())["run_id"]
+    assert "goes on from step" in trained.stdout
+    run_id = json.loads(read_object(f"{runs}/{cluster.folder.name}/afa_run.json")[0])["run_id"]
     # A job that fails says more than one that does not.
     failed = cluster.head.submit(
-        *python, "pipelines.train", cluster.shards, *SHORT, "--storage", runs, "--run-name", "two",
+        *python, "pipelines.train", cluster.shards, *SHORT, "--storage", cluster.folder / "runs", "--run-name", "two",
         "--set", "optim.lr=1.0e+30",
     )  # fmt: skip
     assert "loss is not finite" in failed.stdout
@@ -54,8 +77,8 @@ def test_what_jobs_leave_behind_holds_no_secret(cluster: Cluster) -> None:
 
     answers = {"training": trained, "failing": failed, "registering": registered, "labelling": labelled}
     printed = [(f"what {job} printed", (answer.stdout + answer.stderr).encode()) for job, answer in answers.items()]
-    stored = [(found.uri, read_object(found.uri)[0]) for found in list_objects(output)]
-    assert len(stored) > 3
+    stored = [(found.uri, read_object(found.uri)[0]) for found in list_objects("s3://masks")]
+    assert len(stored) > 10
     token_file = cluster.folder / ".ray" / "auth_token"
     searched, leaks = set(), []
     for name, content in [
@@ -65,4 +88,5 @@ def test_what_jobs_leave_behind_holds_no_secret(cluster: Cluster) -> None:
         leaks += [f"{secret} in {name}" for secret, value in SECRETS.items() if value in content]
     # The one place where a secret belongs, which also shows that the search finds what is there.
     assert leaks == [f"token in {token_file}"], "\n".join(leaks)
+    assert list((cluster.folder / "tmp").glob("afa-cache-*/*.tar"))
     assert {"mlflow.db", "afa_run.json", "config.json", "gcs_server.out", "raylet.out", "server.log"} <= searched

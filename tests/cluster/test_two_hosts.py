@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -14,19 +17,20 @@ from commands import afa_command
 from hosts import BRIDGE_ADDRESS, Hosts, two_hosts
 from labelling import picture
 from mlflow import MlflowClient
+from processes import descendants
 from ray_head import plain_environment
 from servers.s3 import ACCESS_KEY, SECRET_KEY, s3_server
+from shard_sets import write_shapes
 
 from infra import object_store
 from infra.object_store import list_objects, write_object
-from pipelines import build_shards
-from pipelines.cli import stage_main
 
+TOGETHER = "2 of 2 workers"
 MARKER = re.compile(r"/step-\d+\.json$")
 VALUES = [
     "optim.warmup_steps=0", "loss.classification_steps=8", "loss.affinity_label_step=16",
     "data.crop_px=64", "data.loader_workers=0", "train.batch_size=2", "train.min_workers=1", "train.eval_samples=4",
-    "train.checkpoint_every=4", "train.log_every=4", "par.dilations=[1,2]", "par.iterations=2",
+    "train.checkpoint_every=8", "train.log_every=4", "train.grow_check_s=1", "par.dilations=[1,2]", "par.iterations=2",
 ]  # fmt: skip
 
 
@@ -63,33 +67,48 @@ def objects(prefix: str, suffix: str) -> list[str]:
     return [found.uri for found in list_objects(prefix) if found.uri.endswith(suffix)]
 
 
-def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, tmp_path: Path) -> None:
+@contextmanager
+def lone_worker_stopped(hosts: Hosts) -> Iterator[None]:
+    head = hosts.hosts[0].sessions[0]
+    workers = [pid for pid, command in descendants(head.pid).items() if "ray::RayTrainWorker" in command]
+    assert len(workers) == 1
+    os.kill(workers[0], signal.SIGSTOP)
+    yield
+    os.kill(workers[0], signal.SIGCONT)
+
+
+def test_training_loses_a_host_goes_on_with_one_and_takes_it_back_until_it_is_preempted(
+    hosts: Hosts, tmp_path: Path
+) -> None:
     shards, log = tmp_path / "shards", tmp_path / "train.log"
-    sizes = ["--train", "30", "--val", "4", "--size-px", "64", "--samples-per-shard", "7"]
-    assert stage_main(build_shards.add_arguments, build_shards.run, ["shapes", str(shards), *sizes]) == 0
+    write_shapes(shards, train=30, val=4, size_px=64, samples_per_shard=7)
     for path in shards.iterdir():
         write_object(f"s3://two/shards/{path.name}", path.read_bytes())
     settings = [
-        word for value in (*VALUES, "optim.total_steps=300", "train.eval_every=300") for word in ("--set", value)
+        word for value in (*VALUES, "optim.total_steps=900", "train.eval_every=900") for word in ("--set", value)
     ]
     command = afa_command("train", "s3://two/shards", "--config", "shapes_cpu", "--storage", "s3://two/runs",
                           "--run-name", "elastic", *settings)  # fmt: skip
     process = hosts.hosts[0].start(command, hosts.environment, log)
-    wait_until(lambda: "2 of 2 workers" in log.read_text(), process, log)
+    wait_until(lambda: TOGETHER in log.read_text(), process, log)
     wait_until(lambda: any(map(MARKER.search, objects("s3://two/runs/elastic", ".json"))), process, log)
+    once = log.read_text().count(TOGETHER)  # Ray shows some lines twice
     hosts.lose_second()
     wait_until(lambda: "1 of 2 workers" in log.read_text(), process, log)
-    hosts.return_second()
+    with lone_worker_stopped(hosts):  # the run would be over before the second host is back
+        hosts.return_second()
+    wait_until(lambda: log.read_text().count(TOGETHER) >= 2 * once, process, log)
+    hosts.drain_second(15)
     assert process.wait(300) == 0, log.read_text()[-4000:]
     printed = log.read_text()
     assert "goes on from step" in printed
-    assert "best checkpoint s3://two/runs/elastic/checkpoints/step-00000300" in printed
+    assert "a machine will be taken away: saved at step" in printed
+    assert "best checkpoint s3://two/runs/elastic/checkpoints/step-00000900" in printed
     client = MlflowClient(hosts.environment["MLFLOW_TRACKING_URI"])
     (run,) = client.search_runs([client.get_experiment_by_name("afa").experiment_id])
     assert run.info.status == "FINISHED"
     points = client.get_metric_history(run.info.run_id, "loss.cls")
-    assert [point.step for point in points] == list(range(300))
-    print(printed)
+    assert [point.step for point in points] == list(range(900))
 
 
 def test_labelling_loses_a_host_and_nothing_else(hosts: Hosts, bundle: Path, tmp_path: Path) -> None:

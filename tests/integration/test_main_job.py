@@ -5,18 +5,23 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import webdataset as wds
 from commands import afa, afa_running
 from mlflow import MlflowClient
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 
 from afa_core.checkpoint import load_bundle
@@ -139,29 +144,46 @@ def test_an_interrupted_run_goes_on_in_the_same_mlflow_run(shards: Path, tmp_pat
     assert "there is a run at" in afa(*words, "--run-name", "killed", *longer, status=2)
 
 
-def test_ctrl_c_ends_training_with_a_word_on_how_to_go_on(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_whoever_interrupts_training_reads_how_to_go_on(
+    sent: signal.Signals, status: int, shards: Path, tmp_path: Path
+) -> None:
     words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path, "--run-name", "stopped"]
     one = partial(checkpoints, tmp_path / "stopped", 1)
     with afa_running(*words, *overrides("optim.total_steps=1000"), until=one) as process:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    assert process.returncode == status, error
     assert "interrupted: go on with --resume stopped" in error
     run = MlflowClient().get_run(json.loads((tmp_path / "stopped" / "afa_run.json").read_text())["run_id"])
     assert run.info.status == "KILLED"
 
 
-def test_a_non_finite_loss_stops_training_after_a_checkpoint(shards: Path, tmp_path: Path) -> None:
-    printed = afa(
-        "train", shards, "--config", "shapes_cpu", "--storage", tmp_path, "--run-name", "diverges",
-        *overrides("optim.lr=1.0e+30", "train.workers=1", "optim.total_steps=20"), status=1,
-    )  # fmt: skip
-    assert "loss is not finite at step" in printed
-    assert "cls = nan" in printed
-    assert list((tmp_path / "diverges").glob("checkpoints/step-*.json"))
+def test_what_is_not_finite_stops_training_and_spoils_no_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """From step 4 on the segmentation loss counts, so much that gradients overflow."""
+    values = ["loss.segmentation_weight=3.0e+38", "loss.classification_steps=4", "train.checkpoint_every=4",
+              "train.eval_every=20", "train.workers=1", "optim.total_steps=20"]  # fmt: skip
+    words = ["train", shards, "--config", "shapes_cpu", "--storage", tmp_path, *overrides(*values)]
+    printed = afa(*words, "--run-name", "diverges", status=1)
+    assert re.search(r"training failed: gradient norm is (inf|nan) at step 4", printed)
+    folders = list((tmp_path / "diverges").glob("checkpoints/step-*/"))
+    assert sorted(folder.name[:13] for folder in folders) == ["step-00000002", "step-00000004"]
+    for folder in folders:
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= dict(optimizer_tensors(torch.load(folder / "training_state.pt", weights_only=True)))
+        assert len(tensors) > 100
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
     run = MlflowClient().get_run(json.loads((tmp_path / "diverges" / "afa_run.json").read_text())["run_id"])
     assert run.info.status == "FAILED"
-    assert "not finite" in run.data.tags["afa.error"]
+    assert "gradient norm" in run.data.tags["afa.error"]
+    assert "goes on from step 4" in afa(*words, "--resume", "diverges", status=1)
+
+
+def optimizer_tensors(state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, values in state["optimizer"]["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{number}.{name}", value
 
 
 def test_registered_model_loads_through_plain_mlflow(champion: str, run_id: str) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import boto3
 import pytest
 from servers.fault_proxy import fault_proxy
+from shard_sets import write_set
 
 from infra import object_store
 from infra.errors import ServiceError
 from infra.object_store import ObjectError, delete_object, find_object, list_objects, read_object, write_object
+from pipelines.shard_store import split_files
 
 Connect = Callable[[str], None]
 
@@ -125,3 +127,19 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_behind(small_disk: Path) -> 
     with pytest.raises(ServiceError, match="No space left"):
         write_object(f"{small_disk}/too/large", b"x" * 4_000_000)
     assert [item.uri for item in list_objects(str(small_disk))] == [f"{small_disk}/fits"]
+
+
+def test_a_shard_that_is_dropped_from_the_cache_leaves_its_lock(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may hold it or wait for it: with a new file of that name two would fetch at once."""
+    monkeypatch.setenv("AFA_CACHE", str(tmp_path / "cache"))
+    index = write_set(tmp_path / "set", shards=2)
+    for path in (tmp_path / "set").iterdir():
+        write_object(f"{bucket}/set/{path.name}", path.read_bytes())
+    files = split_files(f"{bucket}/set", index, "train", cache_gib=1e-9)
+    first, second = files(0), files(1)
+    assert not first.exists()
+    assert second.exists()
+    assert first.with_suffix(".lock").exists()
+    assert files(0).read_bytes() == (tmp_path / "set" / "train-000000.tar").read_bytes()

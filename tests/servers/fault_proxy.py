@@ -29,6 +29,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.forbidden: set[str] = set()
+        self.write_delay_s = 0.0  # of every PUT
         self.closed_until = 0.0  # by the monotonic clock; before that every request is answered 503
         self.lock = threading.Lock()
 
@@ -63,6 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(1.0)
+        if self.command == "PUT":
+            time.sleep(self.server.write_delay_s)
         # The Host header stays the client's: it is part of what was signed.
         connection = http.client.HTTPConnection(self.server.target, timeout=60)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

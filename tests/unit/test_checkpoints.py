@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import ServiceError
-from pipelines import checkpoints
+from pipelines import patience
 from pipelines.checkpoints import CheckpointStore
 
 
@@ -57,8 +57,43 @@ def test_a_damaged_file_is_said(tmp_path: Path) -> None:
         store.load_all()[0].fetch(tmp_path / "fetched")
 
 
+def test_a_marker_that_cannot_be_read_blocks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = CheckpointStore(str(tmp_path / "run"), keep_last=3)
+    for step in (2, 4):
+        save(store, tmp_path, step)
+    (tmp_path / "run" / "step-00000004.json").write_text('{"step": 4')
+    (tmp_path / "run" / "step-00000006.json").write_text('{"step": 6, "scores": {}, "files": {"weights": {}}}')
+    newest = store.fetch_newest(tmp_path / "fetched")
+    assert newest is not None
+    assert newest.step == 2
+    assert "step-00000004.json is no checkpoint's marker" in capsys.readouterr().err
+
+
+def test_what_lacks_a_file_or_is_damaged_is_passed_over(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path / "run"), keep_last=3)
+    for step in (2, 4, 6):
+        save(store, tmp_path, step)
+    (tmp_path / "run" / "step-00000006" / "weights").unlink()
+    (tmp_path / "run" / "step-00000004" / "weights").write_bytes(b"other")
+    assert [saved.step for saved in store.load_all()] == [2, 4]
+    newest = store.fetch_newest(tmp_path / "fetched")
+    assert newest is not None
+    assert newest.step == 2
+
+
+def test_a_state_is_safe_when_it_is_there_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "RETRY_S", 0.05)
+    (tmp_path / "run").write_text("a file where the folder should be")
+    store = CheckpointStore(str(tmp_path / "run"))
+    store.save(4, folder(tmp_path, 4), {})
+    assert store.safe_step == 0
+    (tmp_path / "run").unlink()
+    store.wait()
+    assert store.safe_step == 4
+
+
 def test_a_store_that_refuses_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "RETRY_S", 0.05)
+    monkeypatch.setattr(patience, "RETRY_S", 0.05)
     blocked = tmp_path / "run"
     blocked.write_text("a file where the folder should be")
     store = CheckpointStore(str(blocked))
@@ -71,8 +106,8 @@ def test_a_store_that_refuses_for_a_while_costs_nothing(tmp_path: Path, monkeypa
 
 
 def test_a_store_that_refuses_for_good_fails_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(checkpoints, "RETRY_S", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(patience, "RETRY_S", 0.0)
     (tmp_path / "run").write_text("a file where the folder should be")
     store = CheckpointStore(str(tmp_path / "run"))
     store.save(1, folder(tmp_path, 1), {})

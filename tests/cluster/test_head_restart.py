@@ -1,0 +1,131 @@
+"""The head is killed, with the driver on it, and started anew on the same Redis; the other host goes on as it was.
+
+A head alone knows its cluster again (GCS fault tolerance). The driver died with it, so the job is resumed, while the
+workers of before are still there: they were stopped in the middle and wake up beside those that took their run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from commands import afa_command
+from hosts import BRIDGE_ADDRESS, Hosts, two_hosts
+from mlflow import MlflowClient
+from processes import descendants
+from ray_head import plain_environment
+from servers.s3 import free_port
+from shard_sets import write_shapes
+
+PASSWORD = "password-of-the-redis"
+WORKER = "ray::RayTrainWorker"
+VALUES = [
+    "optim.total_steps=60", "optim.warmup_steps=0", "loss.classification_steps=40", "loss.affinity_label_step=50",
+    "data.crop_px=64", "data.loader_workers=0", "train.batch_size=2", "train.eval_every=60", "train.eval_samples=4",
+    "train.checkpoint_every=4", "train.log_every=4", "par.dilations=[1,2]", "par.iterations=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    """Address of a Redis server that wants a password and outlives heads."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("the head's restart was not tried: no redis-server (apt-get install redis-server)")
+    address, port = BRIDGE_ADDRESS, str(free_port())
+    command = ["redis-server", "--bind", address, "--port", port, "--requirepass", PASSWORD, "--save", "",
+               "--appendonly", "no", "--dir", str(tmp_path)]  # fmt: skip
+    with (tmp_path / "redis.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        yield f"{address}:{port}"
+        process.terminate()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    environment = {
+        **plain_environment(tmp_path), "RAY_AUTH_TOKEN": "token-of-the-restarted",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
+    }  # fmt: skip
+    with two_hosts(tmp_path, environment) as made:
+        made.processors, made.apart = (0, 2), True
+        made.environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"  # no machine is lost that workers wait for
+        yield made
+
+
+def wait_until(done: Callable[[], bool], log: Path, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+def steps(run: Path) -> dict[int, str]:
+    """Checkpoints that are there, with the group of workers that made each."""
+    names = [path.stem.split("-") for path in run.glob("checkpoints/step-*.json")]
+    return {int(step): group for _, step, group in names}
+
+
+def weights(run: Path) -> bytes:
+    (folder,) = (run / "checkpoints").glob("step-00000060-*/")
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been(
+    hosts: Hosts, redis: str, tmp_path: Path
+) -> None:
+    hosts.head_words = [f"--redis-password={PASSWORD}"]
+    hosts.head_environment = {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "afa"}
+    shards, log, runs = tmp_path / "shards", tmp_path / "train.log", tmp_path / "runs"
+    write_shapes(shards, train=30, val=4, size_px=64, samples_per_shard=7)
+    settings = [word for value in VALUES for word in ("--set", value)]
+    command = afa_command("train", shards, "--config", "shapes_cpu", "--storage", runs, *settings)
+    first, second = hosts.hosts
+    head = hosts.start_ray(first)
+    hosts.wait_for_nodes(1)
+    other = hosts.start_ray(second)
+    hosts.wait_for_nodes(2)
+
+    undisturbed = first.start([*command, "--run-name", "undisturbed"], hosts.environment, log)
+    assert undisturbed.wait(250) == 0, log.read_text()[-4000:]
+    driver = first.start([*command, "--run-name", "run"], hosts.environment, log)
+    wait_until(lambda: bool(steps(runs / "run")), log)
+    orphans = [pid for pid, words in descendants(other.pid).items() if WORKER in words]
+    for pid in orphans:
+        os.kill(pid, signal.SIGSTOP)
+    assert len(orphans) == 2
+    assert 60 not in steps(runs / "run")
+    for process in (driver, head):  # the machine: driver, GCS, raylet, dashboard
+        process.kill()
+        process.wait()
+    for pid in set(descendants(driver.pid)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    hosts.start_ray(first)
+    # Not by the number of nodes: for a while the dead head counts as one.
+    wait_until(lambda: (tmp_path / "afa-h1.log").read_text().count("Ray runtime started") == 2, log)
+    hosts.wait_for_nodes(2)
+    assert other.poll() is None  # no new node: the one that was there
+
+    resumed = first.start([*command, "--resume", "run"], hosts.environment, log)
+    started = set(steps(runs / "run").values())
+    wait_until(lambda: set(steps(runs / "run").values()) > started or resumed.poll() is not None, log)
+    for pid in orphans:  # wake up those that Ray has not ended
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    assert resumed.wait(200) == 0, log.read_text()[-4000:]
+    assert "goes on from step" in log.read_text()
+    assert weights(runs / "run") == weights(runs / "undisturbed")
+    assert len(set(steps(runs / "run").values()) - started) == 1
+    client = MlflowClient(hosts.environment["MLFLOW_TRACKING_URI"])
+    found = client.search_runs([client.get_experiment_by_name("afa").experiment_id])
+    assert sorted(run.info.run_name for run in found) == ["run", "undisturbed"]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    for run in found:
+        points = client.get_metric_history(run.info.run_id, "loss.cls")
+        assert [point.step for point in points] == list(range(60))
