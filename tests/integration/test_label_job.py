@@ -193,10 +193,10 @@ def test_labels_of_shards_take_their_tags(bundle: Path, tmp_path: Path) -> None:
     assert Counter(row["reason"] for row in rows.values() if row["input"] == "whole") == {
         None: 6, "bad_key": 1, "duplicate_key": 1,
     }  # fmt: skip
-    assert rows["whole/001"]["tags"] == ["disc"]
-    assert rows["whole/001"]["unknown_tags"] == ["unicorn"]
-    assert rows["whole/001"]["tags_source"] == "given"
-    assert rows["whole/001"]["uri"] == f"{shards}/whole.tar#001"
+    assert rows["whole~/001"]["tags"] == ["disc"]
+    assert rows["whole~/001"]["unknown_tags"] == ["unicorn"]
+    assert rows["whole~/001"]["tags_source"] == "given"
+    assert rows["whole~/001"]["uri"] == f"{shards}/whole.tar#001"
     assert verified(output)
 
 
