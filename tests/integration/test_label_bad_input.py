@@ -90,7 +90,8 @@ def plant_rivals(folder: Path) -> dict[str, bytes]:
     (folder / "a~").mkdir()
     (folder / "a~" / "x.png").write_bytes(drawn[4])
     write_tar(folder / "t.tar", list(zip(["fine.png", "q.png", "fine.png", "fine~2.png"], drawn[5:9], strict=True)))
-    write_tar(folder / "r.tar", [("rest.png", drawn[9]), ("~rest.png", drawn[10]), ("c.png", picture(3))])
+    last_two = [("b.png", picture(3)), ("c.png", picture(3))]
+    write_tar(folder / "r.tar", [("rest.png", drawn[9]), ("~rest.png", drawn[10]), *last_two])
     cut_short(folder / "r.tar")
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()

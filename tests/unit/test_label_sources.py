@@ -89,6 +89,6 @@ def test_what_cannot_be_read_says_why_and_nothing_waits_for_a_pipe(tmp_path: Pat
             with pytest.raises(ObjectError) as caught:
                 read(f"{tmp_path}/{name}")
             assert caught.value.reason == reason, name
-    with pytest.raises(ObjectError, match="too_large: .*1000 bytes, allowed 999"):
+    with pytest.raises(ObjectError, match=r"too_large: .*1000 bytes, allowed 999"):
         read_object(f"{tmp_path}/large", 999)
     assert len(read_object(f"{tmp_path}/large", 1000)[0]) == 1000
