@@ -15,11 +15,10 @@ import collections
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ import pyarrow.parquet as pq
 
 from infra.object_store import (
     CONNECTIONS,
-    delete_object,
     find_object,
     join,
     list_folders,
@@ -53,7 +51,6 @@ MARKER = ".done.json"
 UNKNOWN_TAGS = 50
 MARKERS_AHEAD = 4 * CONNECTIONS
 NAMES_AHEAD = 4096
-FILES_OF_A_UNIT = 3
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -294,33 +291,3 @@ def count_rows(run: str) -> Counts:
         total.add(Counts(len(unit.rows), labels, dict(collections.Counter(quarantined))))
         total.see_unknown(tag for row in unit.rows for tag in row["unknown_tags"] or ())
     return total
-
-
-def remove_leftovers(run: str) -> int:
-    """Delete what no marker names: files of attempts that were cut off. Only for who holds the run's lease."""
-    removed = 0
-    with scratch_table("files") as files:
-        files.put((name, None) for name in label_files(run))
-        for name in leftovers((name for name, _ in files.items()), lambda unit: load_marker(run, unit)):
-            delete_object(label_uri(run, name))
-            removed += 1
-    return removed
-
-
-def leftovers(names: Iterable[str], marker_of: Callable[[str], Marker]) -> Iterator[str]:
-    """Of the names in the label folder, sorted, those that no marker names.
-
-    A unit with a marker, one tar and one table has had one attempt: its marker need not be read.
-    """
-    for unit, group in itertools.groupby(names, unit_of):
-        found = list(group)
-        if f"{unit}{MARKER}" not in found:
-            yield from found
-        elif len(found) > FILES_OF_A_UNIT:
-            marker = marker_of(unit)
-            yield from (name for name in found if name not in (f"{unit}{MARKER}", marker.tar, marker.rows))
-
-
-def unit_of(name: str) -> str:
-    """The unit that a file is of: the first three words of ``GENERATION-NUMBER-DIGEST-ATTEMPT.tar``."""
-    return "-".join(name.split(".", 1)[0].split("-")[:3])

@@ -24,9 +24,10 @@ from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
 from pipelines.inventory import list_generations
 from pipelines.label_estimate import describe_plan
+from pipelines.label_leftovers import remove_leftovers
 from pipelines.label_options import add_label_options, config_digest, label_config
 from pipelines.label_plan import Plan, add_generations, check_output, count_plan, open_run
-from pipelines.label_set import Counts, committed_table, count_rows, remove_leftovers, run_uri, waiting_units
+from pipelines.label_set import Counts, committed_table, count_rows, run_uri, waiting_units
 from pipelines.label_sources import absolute_source, check_source
 from pipelines.label_windows import run_units
 from pipelines.labeller import LabelJob, UnitResult

@@ -67,9 +67,11 @@ def read_units(folder: str) -> Iterator[Unit]:
     with tempfile.TemporaryDirectory(prefix="afa-units-") as scratch:
         path, _ = fetch_file(join(folder, UNITS), Path(scratch))
         with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(ROW_GROUP):
-                for row in batch.to_pylist():
-                    yield Unit(row["name"], join(folder, part_name(row["part"])), row["row_group"], row["inputs"])
+            for index in range(table.num_row_groups):
+                # Not iter_batches: it reads ahead, the further the longer the table is.
+                for batch in table.read_row_group(index, use_threads=False).to_batches(ROW_GROUP):
+                    for row in batch.to_pylist():
+                        yield Unit(row["name"], join(folder, part_name(row["part"])), row["row_group"], row["inputs"])
 
 
 def part_name(part: int) -> str:

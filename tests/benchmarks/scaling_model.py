@@ -64,6 +64,9 @@ class Assumptions:
     picture_bytes: float = assumed(110e3, "a photograph of 500 x 375 pixels (VOC)")
     pictures_per_shard: float = setting(500, "--samples-per-shard's default")
     store_bytes_per_s: float = assumed(100e9, "what a bucket gives a cluster in all; ask for more than the default")
+    shard_entry_bytes: float = measured(200, "of dataset.json, for every shard")
+    prefix_gets_per_s: float = assumed(5500, "S3: of a prefix; a bucket splits a busy prefix by itself, in minutes")
+    prefix_puts_per_s: float = assumed(3500, "S3: of a prefix")
     page_keys: float = assumed(1000, "keys an S3 listing request answers with")
     page_s: float = assumed(0.1, "a listing request")
     listing_threads: float = setting(16, "infra.object_store.LISTING_THREADS; a flat prefix has one")
@@ -71,6 +74,7 @@ class Assumptions:
     unit_pictures: float = setting(64, "--unit-size's default")
     label_gpu_images_per_s: float = assumed(40, "one GPU, three scales, affinity, PAR; not measured on one")
     inventory_bytes_per_picture: float = measured(88, "docs/performance.md: 83.7 MiB for 1,000,000")
+    scratch_bytes_per_picture: float = measured(147, "the driver's SQLite file while it sorts a listing")
     inventory_s_per_picture: float = measured(22.3e-6, "docs/performance.md: sorting and writing, one process")
     manifest_bytes_per_picture: float = measured(143, "64 rows a file (tests/generated_labels.py)")
     marker_bytes: float = measured(396, "a unit")
@@ -219,6 +223,14 @@ class Labelling:
         return max(self.list_store_s, inventory_s) + self.units * self.a.driver_s_per_unit + self.list_labels_s
 
     @property
+    def images_per_s(self) -> float:
+        return self.pictures / self.label_s
+
+    @property
+    def puts_per_s(self) -> float:
+        return self.images_per_s / self.a.unit_pictures * (self.a.requests_per_unit - 1)
+
+    @property
     def requests_usd(self) -> float:
         """For the store's listing, a GET a picture, and each unit's files."""
         pages = (self.pictures + 3 * self.units) / self.a.page_keys
@@ -258,8 +270,10 @@ TRAINING_ROWS: Sequence[Row] = (
 STORE_ROWS: Sequence[Row] = (
     ("pictures", lambda s: size(s.pictures * s.a.picture_bytes)),
     ("shards of 500", lambda s: f"{s.shards:,}"),
+    ("their index, dataset.json", lambda s: size(s.shards * s.a.shard_entry_bytes)),
     ("listing the shards", lambda s: seconds(s.list_shards_s)),
     ("listing the pictures, 16 prefixes at a time", lambda s: seconds(s.list_store_s)),
+    ("scratch disk for the inventory", lambda s: size(s.pictures * s.a.scratch_bytes_per_picture)),
     ("inventory, one process", lambda s: seconds(s.pictures * s.a.inventory_s_per_picture)),
     ("inventory", lambda s: size(s.pictures * s.a.inventory_bytes_per_picture)),
     ("units, and as many markers", lambda s: f"{s.units:,}"),
@@ -280,7 +294,10 @@ LABELLING_ROWS: Sequence[Row] = (
     ("efficiency", lambda s: share(s.efficiency)),
     ("before and after, GPUs idle or released", lambda s: seconds(s.alone_s)),
     ("GPU hours", lambda s: f"{s.gpus * s.label_s / 3600:,.0f}"),
-    ("read from the store", lambda s: f"{size(s.pictures * s.a.picture_bytes / s.label_s)}/s"),
+    ("read from the store", lambda s: f"{size(s.images_per_s * s.a.picture_bytes)}/s"),
+    ("GETs a second, pictures one by one", lambda s: f"{s.images_per_s:,.0f}"),
+    ("prefixes that they need", lambda s: f"{math.ceil(s.images_per_s / s.a.prefix_gets_per_s)}"),
+    ("PUTs a second, into one prefix", lambda s: f"{s.puts_per_s:,.0f} of {s.a.prefix_puts_per_s:,.0f}"),
     ("GPUs, a million pictures", lambda s: usd(s.per_million(s.gpu_usd))),
     ("all, a million pictures", lambda s: usd(s.per_million(s.gpu_usd + s.requests_usd))),
 )

@@ -30,6 +30,7 @@ from workers import Workers
 from pipelines import label_windows
 from pipelines.inventory import HEAD, generation_folder
 from pipelines.label_inputs import StageSeconds
+from pipelines.label_leftovers import leftovers
 from pipelines.label_plan import Plan, count_plan
 from pipelines.label_set import (
     LABELS,
@@ -37,7 +38,6 @@ from pipelines.label_set import (
     Counts,
     Marker,
     committed_table,
-    leftovers,
     scratch_table,
     waiting_units,
 )
@@ -119,20 +119,20 @@ def label_with_ray(units: int, max_blocks: int) -> dict[str, Any]:
 
 def label_with_model(units: int, workers: int) -> dict[str, Any]:
     """Label with simulated workers."""
-    start_mib, seconds = peak_mib(), dict[str, float]()
+    start_mib, seconds, course = peak_mib(), dict[str, float](), dict[str, int]()
     with tempfile.TemporaryDirectory() as folder, scratch_table("committed") as done:
         run = Path(folder)
-        with timed(seconds, "table"):
+        with timed(seconds, course, "table"):
             write_inventory(run, units)
-        with timed(seconds, "markers"):
+        with timed(seconds, course, "markers"):
             done.put((name, None) for name in committed_before(units))
-        with timed(seconds, "plan"):
+        with timed(seconds, course, "plan"):
             plan = count_plan(str(run), done)
         model = Workers(workers)
-        with timed(seconds, "windows"):
+        with timed(seconds, course, "windows"):
             outcome = label_windows_with(model, waiting_units(str(run), done))
         seconds["windows"] -= model.simulation_s
-        with timed(seconds, "leftovers"):
+        with timed(seconds, course, "leftovers"):
             removed = count_leftovers(units)
     check(plan, outcome, units)
     assert removed == units // LEFTOVER_EVERY
@@ -143,6 +143,7 @@ def label_with_model(units: int, workers: int) -> dict[str, Any]:
         "us_a_unit": round(1e6 * sum(seconds.values()) / units, 1),
         "start_mib": start_mib,
         "peak_mib": peak_mib(),
+        "course_mib": course,
         **model.summary(),
     }
 
@@ -184,11 +185,12 @@ def check(plan: Plan, outcome: Outcome, units: int) -> None:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Processor time: what else the machine does is not counted."""
+def timed(seconds: dict[str, float], course: dict[str, int], phase: str) -> Iterator[None]:
+    """Processor time, as what else the machine does is not to count, and the memory at the end of a phase."""
     began = time.process_time()
     yield
     seconds[phase] = time.process_time() - began
+    course[phase] = resident_mib()
 
 
 def resident_mib() -> int:

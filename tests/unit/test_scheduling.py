@@ -11,8 +11,9 @@ import pytest
 
 from pipelines import label_windows
 from pipelines.inventory import InventoryWriter, list_generations, load_units
+from pipelines.label_leftovers import leftovers
 from pipelines.label_plan import count_plan
-from pipelines.label_set import Marker, leftovers, scratch_table
+from pipelines.label_set import Marker, scratch_table
 from pipelines.label_sources import Listed
 from pipelines.unit_table import Unit, UnitTableWriter, read_units
 
