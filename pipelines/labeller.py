@@ -43,10 +43,11 @@ class LabelJob:
 
 @dataclasses.dataclass(frozen=True)
 class UnitResult:
-    """What a worker tells of a unit: what it committed, or why the job cannot go on."""
+    """What a worker tells of a unit: what it committed of how many inputs, or why the job cannot go on."""
 
     counts: Counts
     seconds: StageSeconds
+    inputs: int = 0
     error: str = ""
 
 
@@ -65,7 +66,7 @@ class Labeller:
             try:
                 result = self.label_unit(Unit(**json.loads(text)))
             except ServiceError as error:  # raised here it would come with pages of Ray's own lines
-                result = UnitResult(Counts(), StageSeconds(), str(error))
+                result = UnitResult(Counts(), StageSeconds(), error=str(error))
             self._count(result.counts)
             results.append(json.dumps(dataclasses.asdict(result)))
         return {"result": np.array(results)}
@@ -76,12 +77,12 @@ class Labeller:
         Ray gives a block to another worker when the first one dies, with the units that were done before.
         """
         if find_object(label_uri(self.job.run, f"{unit.name}{MARKER}")) is not None:
-            return UnitResult(load_marker(self.job.run, unit.name).counts, StageSeconds())
+            return UnitResult(load_marker(self.job.run, unit.name).counts, StageSeconds(), unit.inputs)
         writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
         for _ in self.label_batches(unit, writer, seconds):
             pass
         writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
-        return UnitResult(writer.counts, seconds)
+        return UnitResult(writer.counts, seconds, unit.inputs)
 
     def label_batches(self, unit: Unit, writer: UnitWriter, seconds: StageSeconds) -> Iterator[int]:
         """Label a unit batch by batch without committing it; yields the number of inputs of each."""
@@ -132,7 +133,8 @@ class Labeller:
 def result_from_json(text: str) -> UnitResult:
     """What ``Labeller`` gave back."""
     values = json.loads(text)
-    return UnitResult(Counts(**values["counts"]), StageSeconds(**values["seconds"]), values["error"])
+    counts, seconds = Counts(**values["counts"]), StageSeconds(**values["seconds"])
+    return UnitResult(counts, seconds, values["inputs"], values["error"])
 
 
 def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
