@@ -44,6 +44,7 @@ class Input:
         tags: given ones; None where there are none.
         reason: stable code, if so.
         detail: what exactly.
+        size: height and width of the decoded picture in display orientation, whatever is made of it later.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Input:
     tags: tuple[str, ...] | None = None
     reason: str = ""
     detail: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -114,7 +116,8 @@ def _decoded(raw: RawInput, classes: tuple[str, ...], config: LabelConfig) -> In
         return Input(raw.key, raw.parent, raw.uri, raw.etag, None, None, bad.reason, bad.detail)
     tags = None if sample.tags is None else tuple(map(storable, sample.tags))
     picture = to_working_picture(sample.image, config.max_side_px)
-    return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, tags)
+    height, width = sample.image.shape[:2]
+    return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, tags, size=(height, width))
 
 
 def raw_inputs(rows: list[Listed], max_bytes: int) -> Iterator[RawInput]:

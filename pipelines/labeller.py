@@ -98,7 +98,7 @@ class Labeller:
         made = label_working_pictures(self.bundle, pictures, [item.tags for item, _ in good], self.job.label_config)
         labelled = time.monotonic()
         for (item, _), label in zip(good, made, strict=True):
-            writer.add_label(item, encode_mask(label.label), self._facts(label), manifest_row(label))
+            writer.add_label(item, encode_mask(label.label), self._facts(item, label), manifest_row(item, label))
         for item in batch:
             if item.picture is None:
                 writer.quarantine(item)
@@ -111,10 +111,10 @@ class Labeller:
         for reason, count in counts.reasons.items():
             self._images.inc(count, {"status": "quarantined", "reason": reason})
 
-    def _facts(self, label: PictureLabel) -> dict[str, Any]:
+    def _facts(self, item: Input, label: PictureLabel) -> dict[str, Any]:
         """What the JSON beside a mask says."""
         return {
-            **manifest_row(label),
+            **manifest_row(item, label),
             "by_class": {
                 name: {
                     "area": label.area[name],
@@ -149,9 +149,12 @@ def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
         yield batch
 
 
-def manifest_row(label: PictureLabel) -> dict[str, Any]:
-    """The row of a labelled picture, beyond what it was made from."""
-    height, width = label.label.shape
+def manifest_row(item: Input, label: PictureLabel) -> dict[str, Any]:
+    """The row of a labelled picture, beyond what it was made from.
+
+    The size is the picture's, not the mask's: ``verify-labels`` compares the two.
+    """
+    height, width = item.size
     return {
         "tags": list(label.tags),
         "tags_source": "given" if label.tags_given else "predicted",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -21,6 +24,7 @@ from labelling import done_units, masks_of, picture, rows_of, verified
 from PIL import Image
 from servers.fault_proxy import fault_proxy
 
+from afa_core.data.sample import encode_mask
 from afa_core.data.shapes import draw
 from infra.object_store import write_object
 from pipelines import label_windows, pseudo_label
@@ -106,40 +110,65 @@ def test_more_units_than_blocks(bundle: Path, tmp_path: Path, monkeypatch: pytes
     assert marker.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["mask", "tar", "rows", "stray", "marker"])
-def test_verification_finds_what_was_damaged(bundle: Path, tmp_path: Path, damage: str) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "labels"
-    pictures.mkdir()
+@pytest.fixture(scope="module")
+def labels(local_ray: None, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A label set of four pictures in two units, to be copied."""
+    folder = tmp_path_factory.mktemp("verified")
+    (folder / "pictures").mkdir()
     for index in range(4):
-        (pictures / f"{index}.png").write_bytes(picture(index))
-    afa("label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2)
-    folder = Path(find_run(str(output))) / "labels"
-    tar, rows = min(folder.glob("*.tar")), min(folder.glob("*.parquet"))
-    marker = min(folder.glob("*.done.json"))
+        (folder / "pictures" / f"{index}.png").write_bytes(picture(index))
+    afa("label", "--model", bundle, "--input", folder / "pictures", "--output", folder / "labels", "--unit-size", 2)
+    return folder / "labels"
+
+
+def rewrite_tar(tar: Path, marker: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Change members of a unit's tar, or leave them out, and have the marker name its new digest."""
+    with tarfile.open(tar) as source:
+        members = [(member.name, source.extractfile(member).read()) for member in source]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as writer:
+        for name, data in members:
+            changed = change(name, data)
+            if changed is not None:
+                member = tarfile.TarInfo(name)
+                member.size = len(changed)
+                writer.addfile(member, io.BytesIO(changed))
+    values = json.loads(marker.read_text())
+    marker.write_text(json.dumps(values | {"tar_sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}))
+
+
+@pytest.mark.parametrize(("damage", "expected"), [
+    ("mask", "is 0 times in"), ("size", "is 9 x 7, its picture 64 x 64"), ("values", "has values [77]"),
+    ("tar", "differs from its SHA-256"), ("rows", "input 1 has no row"), ("cell", ".parquet differs from its SHA-256"),
+    ("labels/stray.tar", "stray.tar belongs to no committed unit"), ("stray.txt", "stray.txt belongs to nothing"),
+    ("drivers/old.txt", "old.txt is of no driver at work"), ("../stray.txt", "stray.txt is of no run"),
+    ("../run-00000000/labels/x.tar", "run-00000000/labels/x.tar is of no run"), ("marker", "is not committed"),
+])  # fmt: skip
+def test_verification_finds_what_was_damaged(
+    labels: Path, tmp_path: Path, damage: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "labels"
+    shutil.copytree(labels, output)
+    run = Path(find_run(str(output)))
+    tar, rows = min(run.glob("labels/*.tar")), min(run.glob("labels/*.parquet"))
+    marker = min(run.glob("labels/*.done.json"))
     if damage == "mask":
-        with tarfile.open(tar) as source:
-            members = [(member, source.extractfile(member).read()) for member in source]  # type: ignore[union-attr]
-        with wds.TarWriter(str(tar), encoder=False) as writer:
-            for member, data in members[:-2]:
-                key, suffix = member.name.rsplit(".", 1)
-                writer.write({"__key__": key, suffix: data})
-        values = json.loads(marker.read_text())
-        marker.write_text(json.dumps(values | {"tar_sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}))
-        expected = "is 0 times in"
+        rewrite_tar(tar, marker, lambda name, data: None if name == "1.png" else data)
+    elif damage in ("size", "values"):
+        mask = np.zeros((7, 9) if damage == "size" else (64, 64), np.uint8)
+        mask[0, 0] = 77 if damage == "values" else 1
+        rewrite_tar(tar, marker, lambda name, data: encode_mask(mask) if name == "1.png" else data)
     elif damage == "tar":
         tar.write_bytes(tar.read_bytes()[:-600])
-        expected = "differs from its SHA-256"
-    elif damage == "rows":
+    elif damage in ("rows", "cell"):
         table = pq.read_table(rows)
-        pq.write_table(table.slice(0, 1), rows)
-        expected = "input 1 has no row"
-    elif damage == "stray":
-        (folder / "stray.tar").touch()
-        expected = "stray.tar belongs to no committed unit"
-    else:
+        pq.write_table(table.slice(0, 1) if damage == "rows" else table.drop_columns("confidence"), rows)
+    elif damage == "marker":
         marker.unlink()
-        expected = "is not committed"
-    assert expected in afa("verify-labels", output, status=1)
+    else:
+        (run / damage).resolve().parent.mkdir(parents=True, exist_ok=True)
+        (run / damage).touch()
+    assert main(["verify-labels", str(output)]) == 1
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
