@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import tarfile
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import webdataset as wds
 from commands import afa, afa_running
 from labelling import done_units, masks_of, picture, rows_of, verified
@@ -30,6 +33,7 @@ from infra.object_store import write_object
 from pipelines import label_windows, pseudo_label
 from pipelines.cli import main
 from pipelines.inventory import list_generations, load_units
+from pipelines.label_progress import expected_images
 from pipelines.label_set import find_run
 
 
@@ -81,7 +85,9 @@ def test_labels_of_a_folder_with_bad_pictures(bundle: Path, tmp_path: Path) -> N
     assert "holds labels of" in afa("label", "--model", bundle, "--input", tmp_path, "--output", output, status=2)
 
 
-def test_a_dry_run_says_what_it_would_do_and_writes_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures, output = tmp_path / "pictures", tmp_path / "labels"
     pictures.mkdir()
     for index in range(6):
@@ -90,6 +96,68 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(bundle: Path, tmp_pa
     assert "plan: 6 inputs in 2 units, 2 units to do" in printed
     assert "for about 6 pictures" in printed
     assert not output.exists()
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    assert main(["label", "--model", str(bundle), "--input", str(tmp_path / "empty.tar"), "--output", str(output),
+                 "--dry-run"]) == 0  # fmt: skip
+    assert "hold no pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--scales", "inf"], "--scales inf: input should be less than or equal to 4"),
+    (["--scales", "1e6"], "--scales 1000000.0: input should be less than or equal to 4"),
+    (["--scales", "wide"], "--scales: 'wide' is not a list of numbers, e.g. 1,0.5,1.5; afa label --help tells more"),
+    (["--head", "cat"], "--head: invalid choice: 'cat' (choose from"),
+    (["--refinement", "par"], "unrecognized arguments: --refinement par"),
+    (["--workers"], "--workers: expected one argument"),
+    (["--input", "a" * 300], "no such input: "),
+], ids=str)  # fmt: skip
+def test_wrong_options_are_one_line(
+    bundle: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: int | str | None = main(["label", "--model", str(bundle), "--input", str(tmp_path), "--output",
+                                         str(tmp_path / "out"), *words])  # fmt: skip
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def live_metrics() -> str:
+    """What Ray's agent tells Prometheus."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_progress_is_there_for_prometheus(bundle: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "three.tar", "w") as tar:
+        for index in range(3):
+            data = picture(index)
+            member = tarfile.TarInfo(f"{index}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    words = ["label", "--model", bundle, "--input", tmp_path / "three.tar", "--output", tmp_path / "labels"]
+    assert main(list(map(str, words))) == 0  # in this process, which lives on while Ray passes its numbers on
+    deadline = time.monotonic() + 60
+    wanted = ["afa_label_images_expected", "afa_label_images_done", "afa_label_images_per_s", "afa_label_images_total"]
+    while not all(name in live_metrics() for name in wanted):
+        assert time.monotonic() < deadline, live_metrics()
+        time.sleep(0.5)
+    values = [line for line in live_metrics().splitlines() if line.startswith(("ray_afa_label_images_expected",
+                                                                             "ray_afa_label_images_done"))]  # fmt: skip
+    assert [line.rsplit(" ", 1)[1] for line in values] == ["3.0"] * len(values)
+
+
+def test_the_expected_number_of_pictures_follows_the_shards() -> None:
+    assert expected_images(10, 0, 0) == 10
+    assert expected_images(10, 4, 4) == 10  # pictures
+    assert expected_images(10, 4, 2000) == 5000  # shards of 500
+    assert expected_images(10, 10, 4321) == 4321
 
 
 def test_more_units_than_blocks(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +311,14 @@ def test_a_table_of_uris_with_tags(bundle: Path, tmp_path: Path) -> None:
     assert Counter(row["reason"] for row in rows.values()) == {
         None: 3, "duplicate_key": 1, "missing_object": 1, "bad_path": 1, "bad_uri": 1,
     }  # fmt: skip
+    assert verified(tmp_path / "labels")
+    # Its store is asked for what it knows of each: other bytes and other tags are news, the rest is not.
+    (tmp_path / "0.png").write_bytes(picture(7, 80))
+    table.write_text(table.read_text().replace("1.png,", "1.png,ring"))
+    words = ["label", "--model", bundle, "--input", table, "--output", tmp_path / "labels", "--incremental"]
+    assert "2 new or changed" in afa(*words)
+    rows = {row["key"]: row for row in rows_of(tmp_path / "labels")}
+    assert (rows["0"]["width"], rows["1"]["tags"], len(rows)) == (80, ["ring"], 7)
     assert verified(tmp_path / "labels")
 
 
