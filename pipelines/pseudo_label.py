@@ -32,10 +32,12 @@ from pipelines.label_set import Counts, committed_table, count_rows, run_uri, wa
 from pipelines.label_sources import absolute_source, check_source
 from pipelines.label_windows import run_units
 from pipelines.labeller import LabelJob, UnitResult
+from pipelines.last_words import last_words
 from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
 from pipelines.unit_table import Unit
 
+GOES_ON = "the same command goes on with what is missing"
 # Of these no other attempt is made: what is wrong stands in the inventory, or in a shard that would be read alike.
 WRONG_NAMES = frozenset({"bad_key", "duplicate_key", "bad_path", "bad_uri"})
 
@@ -75,14 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
             dry_run(arguments, job, source, output, Path(scratch))
             return 0
         try:
-            label(arguments, job, source, output)
+            with last_words(f"error: ended by force, or by Ray: {GOES_ON}"):
+                label(arguments, job, source, output)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on with what is missing") from None
+            raise KeyboardInterrupt(GOES_ON) from None
         except RayError as error:
             if isinstance(error, RayTaskError):  # this program's own error, which is to be seen
                 raise
             said = str(error).splitlines()[0]
-            print(f"error: Ray failed ({said}): the same command goes on with what is missing", file=sys.stderr)
+            print(f"error: Ray failed ({said}): {GOES_ON}", file=sys.stderr)
             return 1
     return 0
 

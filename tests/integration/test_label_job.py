@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 import time
 import urllib.request
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import webdataset as wds
-from commands import afa, afa_running
+from commands import afa, afa_command, afa_running
 from labelling import done_units, masks_of, picture, rows_of, verified
 from PIL import Image
 from servers.fault_proxy import fault_proxy
@@ -269,6 +270,22 @@ def test_two_drivers_on_one_output(bundle: Path, tmp_path: Path) -> None:
         printed, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
     assert "images 240  labels 240" in printed
+    assert verified(output)
+
+
+def test_two_drivers_started_at_the_same_moment(bundle: Path, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(12):
+        (pictures / f"{index}.png").write_bytes(picture(index))
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2]
+    drivers = [subprocess.Popen(afa_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for _ in range(2)]  # fmt: skip
+    said = [driver.communicate(timeout=250) for driver in drivers]
+    statuses = [driver.returncode for driver in drivers]
+    assert sorted(statuses) in ([0, 2], [0, 0]), said  # the later one gives way, or came when the other was done
+    for status, (printed, error) in zip(statuses, said, strict=True):
+        assert "images 12  labels 12" in printed if status == 0 else "another driver is at work" in error
     assert verified(output)
 
 
