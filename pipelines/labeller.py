@@ -26,6 +26,9 @@ from pipelines.label_set import MARKER, Counts, label_uri, load_marker
 from pipelines.label_units import UnitWriter
 from pipelines.unit_table import Unit
 
+# A batch of this many pixels is full, however few pictures they are.
+BATCH_PIXELS = 100_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelJob:
@@ -138,13 +141,15 @@ def result_from_json(text: str) -> UnitResult:
 
 
 def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
-    """Lists of at most ``size`` neighbours."""
+    """Lists of at most ``size`` neighbours, shorter where they are large: their masks are held at full size."""
     batch: list[Input] = []
+    pixels = 0
     for item in items:
         batch.append(item)
-        if len(batch) == size:
+        pixels += item.size[0] * item.size[1]
+        if len(batch) == size or pixels >= BATCH_PIXELS:
             yield batch
-            batch = []
+            batch, pixels = [], 0
     if batch:
         yield batch
 
