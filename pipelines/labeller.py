@@ -26,9 +26,6 @@ from pipelines.label_set import MARKER, Counts, label_uri, load_marker
 from pipelines.label_units import UnitWriter
 from pipelines.unit_table import Unit
 
-# A batch of this many pixels is full, however few pictures they are.
-BATCH_PIXELS = 100_000_000
-
 
 @dataclasses.dataclass(frozen=True)
 class LabelJob:
@@ -141,15 +138,13 @@ def result_from_json(text: str) -> UnitResult:
 
 
 def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
-    """Lists of at most ``size`` neighbours, shorter where they are large: their masks are held at full size."""
+    """Lists of at most ``size`` neighbours."""
     batch: list[Input] = []
-    pixels = 0
     for item in items:
         batch.append(item)
-        pixels += item.size[0] * item.size[1]
-        if len(batch) == size or pixels >= BATCH_PIXELS:
+        if len(batch) == size:
             yield batch
-            batch, pixels = [], 0
+            batch = []
     if batch:
         yield batch
 
