@@ -18,6 +18,8 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Count = Annotated[int, Ge(1)]
+# Factor on a picture's size: memory grows with its fourth power, as attention does with the number of tokens.
+Scale = Annotated[float, Interval(ge=0.1, le=4)]
 CountOrZero = Annotated[int, Ge(0)]
 
 
@@ -44,7 +46,7 @@ class CamConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    scales: Annotated[tuple[Positive, ...], MinLen(1)] = (1.0, 0.5, 1.5)
+    scales: Annotated[tuple[Scale, ...], MinLen(1)] = (1.0, 0.5, 1.5)
     # Background score of a label map without ignored pixels.
     background_score: Share = 0.45
     # Between the two a pixel is neither background nor foreground: it is ignored.
@@ -152,7 +154,7 @@ class LabelConfig:
     # What is done to the class activation maps.
     refine: Literal["none", "par", "affinity", "affinity+par"] = "affinity+par"
     # None: those of cam.scales.
-    scales: Annotated[tuple[Positive, ...], MinLen(1)] | None = None
+    scales: Annotated[tuple[Scale, ...], MinLen(1)] | None = None
     # Dense CRF at the end.
     crf: bool = False
     # None: cam.background_score.

@@ -8,13 +8,16 @@ an object: a local file gets its name when it is whole, an S3 object is there wh
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,6 +30,7 @@ ATTEMPTS = 8
 CONNECTIONS = 32
 LISTING_THREADS = 16
 CHUNK_BYTES = 2**20
+LONGEST_NAME = 255  # bytes, of a file
 PARTIAL = ".partial"  # ends the name of a local file that is still being written
 
 _MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
@@ -47,19 +51,22 @@ class StoredObject:
         size: bytes.
         etag: changes with the content: S3's ETag, or size and time of a local file.
         modified: seconds since 1970, by the clock of the store.
+        problem: reason of an ``ObjectError`` if the listing shows already that it, or the folder it is, cannot be read.
     """
 
     uri: str
     size: int
     etag: str
     modified: float
+    problem: str = ""
 
 
 class ObjectError(Exception):
     """One object cannot be read.
 
     Attributes:
-        reason: ``missing_object``, ``forbidden``, ``unavailable`` (the store does not answer) or ``unreadable``.
+        reason: ``missing_object``, ``forbidden``, ``unavailable`` (the store does not answer), ``too_large`` (more
+            than the caller takes) or ``unreadable``.
         detail: what the store said.
     """
 
@@ -76,7 +83,8 @@ def join(prefix: str, name: str) -> str:
 def list_objects(prefix: str) -> Iterator[StoredObject]:
     """Every object below a prefix, once and in any order, with memory that does not grow with their number.
 
-    S3 prefixes that have sub-prefixes are listed in parallel. Local files: hidden ones count, links to nowhere do not.
+    S3 prefixes that have sub-prefixes are listed in parallel. Local files: hidden ones count, links are followed; what
+    cannot be looked at comes with its ``problem``.
 
     Raises:
         ServiceError: the bucket or folder is not there, or not readable.
@@ -113,8 +121,7 @@ def find_object(uri: str) -> StoredObject | None:
         ServiceError: the store does not answer, or refuses.
     """
     if not uri.startswith(S3):
-        path = Path(uri)
-        return _stored_file(uri, path.stat()) if path.is_file() else None
+        return _find_local(uri)
     bucket, key = _split(uri)
     if not key:
         return None
@@ -127,15 +134,15 @@ def find_object(uri: str) -> StoredObject | None:
     return _s3_object(uri, facts, facts["ContentLength"])
 
 
-def read_object(uri: str) -> tuple[bytes, str]:
-    """The bytes of an object and its etag.
+def read_object(uri: str, max_bytes: float = math.inf) -> tuple[bytes, str]:
+    """The bytes of an object, if they are no more than ``max_bytes``, and its etag.
 
     Raises:
         ObjectError: it cannot be read.
         ServiceError: nothing can be read from this store.
     """
     stream = io.BytesIO()
-    etag = _copy(uri, stream)
+    etag = _copy(uri, stream, max_bytes)
     return stream.getvalue(), etag
 
 
@@ -147,19 +154,21 @@ def fetch_file(uri: str, scratch: Path) -> tuple[Path, str]:
         ServiceError: nothing can be read from this store.
     """
     if not uri.startswith(S3):
-        found = find_object(uri)
-        if found is None:
-            raise ObjectError("missing_object", uri)
-        return Path(uri), found.etag
-    path = scratch / uri.rsplit("/", 1)[1]
-    with path.open("wb") as stream:
-        return path, _copy(uri, stream)
+        with _open_local(uri) as source:
+            return Path(uri), _stored_file(uri, os.fstat(source.fileno())).etag
+    name = uri.rsplit("/", 1)[1]
+    path = scratch / (name if len(name.encode()) <= LONGEST_NAME else "object")
+    try:
+        with path.open("wb") as stream:
+            return path, _copy(uri, stream)
+    except OSError as error:
+        raise ServiceError(f"cannot keep a copy of {uri} in {scratch}: {error.strerror}") from error
 
 
-def _copy(uri: str, stream: BinaryIO) -> str:
+def _copy(uri: str, stream: BinaryIO, max_bytes: float = math.inf) -> str:
     """Append an object to a stream; the part behind a cut is asked for by its range, if it is still the same object."""
     if not uri.startswith(S3):
-        return _copy_local(uri, stream)
+        return _copy_local(uri, stream, max_bytes)
     bucket, key = _split(uri)
     words: dict[str, str] = {}
     for attempt in range(ATTEMPTS):
@@ -168,8 +177,10 @@ def _copy(uri: str, stream: BinaryIO) -> str:
             if "ETag" in answer:
                 words["IfMatch"] = answer["ETag"]
             whole = int(answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"])
+            _check_size(uri, whole, max_bytes)
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 stream.write(chunk)
+                _check_size(uri, stream.tell(), max_bytes)
             return _s3_object(uri, answer, whole).etag
         except _cut_short():
             words["Range"] = f"bytes={stream.tell()}-"
@@ -245,17 +256,46 @@ def remove_folder(prefix: str) -> None:
         raise ServiceError(f"cannot delete {prefix}: {_code(error)}") from error
 
 
-def _copy_local(uri: str, stream: BinaryIO) -> str:
+def _check_size(uri: str, size: int, max_bytes: float) -> None:
+    if size > max_bytes:
+        raise ObjectError("too_large", f"{uri}: {size} bytes, allowed {max_bytes:.0f}")
+
+
+def _find_local(uri: str) -> StoredObject | None:
     try:
-        with Path(uri).open("rb") as source:
-            shutil.copyfileobj(source, stream)
-            return _stored_file(uri, os.fstat(source.fileno())).etag
-    except FileNotFoundError as error:
-        raise ObjectError("missing_object", uri) from error
-    except PermissionError as error:
-        raise ObjectError("forbidden", uri) from error
+        facts = os.stat(uri)  # noqa: PTH116  # pathlib's answers say nothing of most errors
     except OSError as error:
-        raise ObjectError("unreadable", f"{uri}: {error.strerror}") from error
+        if _reason(error) == "missing_object":
+            return None
+        raise ServiceError(f"cannot read {uri}: {error.strerror}") from error
+    return _stored_file(uri, facts) if stat.S_ISREG(facts.st_mode) else None
+
+
+@contextmanager
+def _open_local(uri: str) -> Iterator[BinaryIO]:
+    """A file to read from; whatever goes wrong with it is an ``ObjectError``."""
+    try:
+        # A pipe would be waited for without an end, if it were not opened like this.
+        with open(os.open(uri, os.O_RDONLY | os.O_NONBLOCK), "rb") as source:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+                raise ObjectError("unreadable", f"{uri}: no regular file")
+            yield source
+    except OSError as error:
+        raise ObjectError(_reason(error), f"{uri}: {error.strerror}") from error
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "missing_object"
+    return "forbidden" if isinstance(error, PermissionError) else "unreadable"
+
+
+def _copy_local(uri: str, stream: BinaryIO, max_bytes: float) -> str:
+    with _open_local(uri) as source:
+        while chunk := source.read(CHUNK_BYTES):
+            _check_size(uri, max(os.fstat(source.fileno()).st_size, source.tell()), max_bytes)
+            stream.write(chunk)
+        return _stored_file(uri, os.fstat(source.fileno())).etag
 
 
 def _write_local(path: Path, source: BinaryIO) -> None:
@@ -275,18 +315,33 @@ def _write_local(path: Path, source: BinaryIO) -> None:
 
 def _list_local(folder: Path) -> Iterator[StoredObject]:
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _list_local(Path(entry.path))
-                elif entry.is_file():
-                    yield _stored_file(entry.path, entry.stat())
-                elif entry.is_symlink() and not entry.is_dir():  # leads nowhere: whoever reads it will say so
-                    yield StoredObject(entry.path, 0, "", entry.stat(follow_symlinks=False).st_mtime)
+        yield from _list_folder(str(folder), ())
     except FileNotFoundError as error:
         raise ServiceError(f"cannot list {folder}: no such folder") from error
     except OSError as error:
         raise ServiceError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def _list_folder(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[StoredObject]:
+    """Files below a folder, an error of one of them no error of the others.
+
+    A link to a folder that it lies in itself is passed over: what is behind it is listed by its own path.
+    """
+    facts = os.stat(folder)  # noqa: PTH116
+    identity = (facts.st_dev, facts.st_ino)
+    if identity in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir():
+                    yield from _list_folder(entry.path, (*above, identity))
+                elif entry.is_file():
+                    yield _stored_file(entry.path, entry.stat())
+                elif entry.is_symlink():  # leads nowhere: whoever reads it will say so
+                    yield StoredObject(entry.path, 0, "", entry.stat(follow_symlinks=False).st_mtime)
+            except OSError as error:
+                yield StoredObject(entry.path, 0, "", 0.0, _reason(error))
 
 
 def _stored_file(uri: str, facts: os.stat_result) -> StoredObject:

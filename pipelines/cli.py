@@ -11,6 +11,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
@@ -37,9 +38,18 @@ STAGES: dict[str, tuple[str, str, str]] = {
 }
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one line, and where the right ones stand; so do its sub-parsers."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        said = message.removeprefix("argument ").replace("\n", " ")
+        self.exit(2, f"error: {said}; {self.prog} --help tells more\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``afa``."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="afa", description="Image-level tags to segmentation masks.", epilog="afa STAGE --help tells more."
     )
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
@@ -56,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def stage_main(add_arguments: AddArguments, run: Run, argv: Sequence[str] | None = None) -> int:
     """Run one stage by itself, ``python -m pipelines.STAGE``."""
-    parser = argparse.ArgumentParser()
+    parser = OneLineParser()
     add_arguments(parser)
     return guarded(run, parser.parse_args(argv))
 

@@ -17,18 +17,21 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from infra.errors import ServiceError
 from infra.object_store import (
+    PARTIAL,
     S3,
     ObjectError,
     StoredObject,
     delete_object,
     find_object,
     join,
+    list_folders,
     list_objects,
     read_object,
     write_object,
@@ -93,10 +96,12 @@ class DriverLease:
         found = {item.uri.rsplit("/", 1)[1]: item for item in list_objects(self.folder)}
         own = found[f"{self.name}.json"]
         for file_name, item in sorted(found.items()):
-            name, suffix = file_name.rsplit(".", 1)
+            name, _, suffix = file_name.rpartition(".")
+            if suffix != "json" and f"{name}.json" not in found and own.modified - item.modified > DEAD_AFTER_S:
+                delete_object(item.uri)
             if suffix != "json" or name == self.name:
                 continue
-            claim = self._read_claim(item)
+            claim = _read_claim(item)
             beat = find_object(alive_uri(self.run_uri, name)) or item
             now = find_object(alive_uri(self.run_uri, self.name)) or own  # the store's clock
             silent_s = max(0.0, now.modified - beat.modified)
@@ -110,13 +115,6 @@ class DriverLease:
                     f" let it finish; if it is gone, try again in {DEAD_AFTER_S - silent_s + HEARTBEAT_S:.0f} s"
                 )
 
-    def _read_claim(self, item: StoredObject) -> dict[str, Any] | None:
-        try:
-            claim = json.loads(read_object(item.uri)[0])
-        except (ObjectError, ValueError):
-            return None  # just given up
-        return claim if isinstance(claim, dict) else None
-
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             try:
@@ -127,6 +125,29 @@ class DriverLease:
     def _remove(self, name: str) -> None:
         for suffix in ("alive", "json"):
             delete_object(join(self.folder, f"{name}.{suffix}"))
+
+
+def left_behind(run_uri: str) -> Iterator[str]:
+    """URIs in a run's folder of drivers that are of no driver at work, by this machine's clock."""
+    folder = join(run_uri, DRIVERS)
+    if folder not in list_folders(run_uri):
+        return
+    found = {item.uri.rsplit("/", 1)[1]: item for item in list_objects(folder)}
+    for file_name, item in sorted(found.items()):
+        name, _, suffix = file_name.rpartition(".")
+        claim = _read_claim(found[f"{name}.json"]) if f"{name}.json" in found else {}
+        silent_s = time.time() - found.get(f"{name}.alive", item).modified
+        foreign = f".{suffix}" not in (".json", ".alive", PARTIAL)
+        if foreign or (claim is not None and (silent_s > DEAD_AFTER_S or _is_dead_here(claim))):
+            yield item.uri
+
+
+def _read_claim(item: StoredObject) -> dict[str, Any] | None:
+    try:
+        claim = json.loads(read_object(item.uri)[0])
+    except (ObjectError, ValueError):
+        return None  # just given up
+    return claim if isinstance(claim, dict) else None
 
 
 def _host() -> str:

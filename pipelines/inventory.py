@@ -28,15 +28,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afa_core.data.sample import BadSample, check_key
 from infra.object_store import find_object, join, read_object, remove_folder, write_file, write_object
 from pipelines.batched import batched
+from pipelines.label_keys import input_key, key_problem, other_key, wish_of
 from pipelines.label_sources import SHARD_SUFFIX, Listed
 from pipelines.unit_table import UNITS, Unit, UnitTableWriter, part_name, read_units
 
 INVENTORY = "inventory"
 HEAD = "inventory.json"
 UNITS_PER_PART = 64
+DUPLICATE = "duplicate_key"
 ROWS = pa.schema(
     [
         ("key", pa.string()),
@@ -69,7 +70,9 @@ class InventoryWriter:
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
             CREATE TABLE listed (key TEXT, uri TEXT, size INTEGER, etag TEXT, tags TEXT, problem TEXT);
-            CREATE TABLE known (uri TEXT PRIMARY KEY, key TEXT, etag TEXT) WITHOUT ROWID;
+            CREATE TABLE known (
+                uri TEXT, wish TEXT, key TEXT, etag TEXT, tags TEXT, PRIMARY KEY (uri, wish)
+            ) WITHOUT ROWID;
             CREATE INDEX known_key ON known (key);
             """
         )
@@ -84,8 +87,12 @@ class InventoryWriter:
 
     def know(self, earlier: Iterable[Listed]) -> None:
         """What earlier generations have; the same URI again replaces what was known of it."""
-        rows = ((row.uri, row.key, row.etag) for row in earlier)
-        self._database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
+        rows = (
+            (row.uri, wish_of(row.key), row.key, row.etag, _tags_json(row))
+            for row in earlier
+            if row.problem != DUPLICATE
+        )
+        self._database.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?, ?)", rows)
 
     def gather(self, listed: Iterable[Listed | None]) -> None:
         """Take in what a source lists; None is something that is no input."""
@@ -95,34 +102,39 @@ class InventoryWriter:
                 if item is None:
                     self.skipped += 1
                     continue
-                tags = None if item.tags is None else json.dumps(item.tags)
                 self.gathered += 1
-                yield item.key, item.uri, item.size, item.etag, tags, item.problem
+                problem = item.problem or key_problem(item.key)
+                key = input_key(item.key, item.uri)
+                yield key, item.uri, item.size, item.etag, _tags_json(item), problem
 
         self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", rows())
 
     def new_rows(self) -> Iterator[Listed]:
-        """What is not known yet or has changed, in key order, each under a key of its own."""
+        """What is not known yet or has changed, in key order, each under a key of its own.
+
+        Of several rows with one key and URI the first counts; beside one that is known the others are no news.
+        """
         cursor = self._database.execute(
             """
-            SELECT coalesce(known.key, listed.key) AS name, listed.uri, size, listed.etag, tags, problem,
+            SELECT coalesce(known.key, listed.key) AS name, listed.uri, size, listed.etag, listed.tags, problem,
+                   known.uri IS NOT NULL,
+                   known.etag = listed.etag AND known.tags IS listed.tags,
                    known.uri IS NULL AND EXISTS (SELECT 1 FROM known AS other WHERE other.key = listed.key)
-            FROM listed LEFT JOIN known ON known.uri = listed.uri
-            WHERE known.uri IS NULL OR known.etag <> listed.etag
-            ORDER BY name, listed.uri
+            FROM listed LEFT JOIN known ON known.uri = listed.uri AND known.wish = listed.key
+            ORDER BY name, listed.uri, listed.rowid
             """
         )
         last_key, last_uri, repeats = None, None, 0
-        for key, uri, size, etag, tags_json, problem, taken in cursor:
-            tags = None if tags_json is None else tuple(json.loads(tags_json))
+        for key, uri, size, etag, tags_json, problem, known, unchanged, taken in cursor:
             repeats = repeats + 1 if (key, uri) == (last_key, last_uri) else 0
-            own_key, own_problem = _usable_key(key, uri, problem)
-            if key == last_key or taken:
-                own_key = f"{own_key}~{_short(key, uri)}"
-            if repeats:
-                own_key, own_problem = f"{own_key}-{repeats}", "duplicate_key"
+            own_key = other_key(key, uri) if not known and (key == last_key or taken) else key
             last_key, last_uri = key, uri
-            yield Listed(own_key, uri, size, etag, tags, own_problem)
+            if known and (unchanged or repeats):
+                continue
+            if repeats:
+                own_key, problem = f"{own_key}-{repeats}", DUPLICATE
+            tags = None if tags_json is None else tuple(json.loads(tags_json))
+            yield Listed(own_key, uri, size, etag, tags, problem)
 
     def write(
         self,
@@ -167,10 +179,10 @@ class InventoryWriter:
 
 
 def unit_digest(identity: str, rows: Iterable[Listed]) -> str:
-    """Identity of a unit's labels: model, configuration, and key, place and content of every input."""
+    """Identity of a unit's labels: model, configuration, and key, place, content and tags of every input."""
     digest = hashlib.sha256(identity.encode())
     for row in rows:
-        digest.update(json.dumps([row.key, row.uri, row.etag]).encode())
+        digest.update(json.dumps([row.key, row.uri, row.etag, row.tags]).encode())
     return digest.hexdigest()[:12]
 
 
@@ -235,6 +247,10 @@ def _cut(rows: Iterable[Listed], unit_size: int, unit_bytes: int) -> Iterator[li
         yield unit
 
 
+def _tags_json(row: Listed) -> str | None:
+    return None if row.tags is None else json.dumps(row.tags)
+
+
 def is_shard(row: Listed) -> bool:
     """Whether an input is a tar of samples."""
     return row.uri.lower().endswith(SHARD_SUFFIX)
@@ -246,15 +262,3 @@ def _table(rows: list[Listed]) -> pa.Table:
 
 def _listed(table: pa.Table) -> list[Listed]:
     return [Listed(**row | {"tags": None if row["tags"] is None else tuple(row["tags"])}) for row in table.to_pylist()]
-
-
-def _usable_key(key: str, uri: str, problem: str) -> tuple[str, str]:
-    """The key, or one made of the URI's digest where it cannot become a file name."""
-    try:
-        return check_key(key), problem
-    except BadSample as bad:
-        return f"key-{_short(key, uri)}", problem or bad.reason
-
-
-def _short(key: str, uri: str) -> str:
-    return hashlib.sha256(f"{key}\0{uri}".encode("utf-8", "surrogateescape")).hexdigest()[:12]

@@ -39,6 +39,8 @@ def describe_plan(job: LabelJob, plan: Plan, waiting: Iterator[Unit], workers: i
     workers = workers or torch.cuda.device_count() or os.cpu_count() or 1
     step = max(1, plan.waiting_units // SAMPLED_UNITS)
     sample = take_sample(job, itertools.islice(waiting, 0, None, step), workers)
+    if not sample.images:
+        return "\n".join([*lines, "sample: the inputs that were tried hold no pictures", "nothing was written"])
     rate = sample.images / sample.seconds * workers
     lines.append(
         f"sample: {sample.images} pictures in {sample.seconds:.0f} s on one of {workers} workers of this machine,"

@@ -6,11 +6,10 @@ in order.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from afa_core.config import LabelConfig
-from afa_core.data.sample import BadSample, check_key, decode_sample
+from afa_core.data.sample import BadSample, decode_sample
 from afa_core.data.shards import BadShard, iterate_shard
 from afa_core.labelling import WorkingPicture, to_working_picture, working_size
 from infra.errors import ServiceError
 from infra.object_store import ObjectError, fetch_file, read_object
 from pipelines.inventory import is_shard
-from pipelines.label_sources import Listed
+from pipelines.label_keys import bad_sample_key, rest_key, sample_key
+from pipelines.label_sources import Listed, storable
 
 READERS = 8
 # So many unanswered objects in a row are no longer the objects' fault.
@@ -45,6 +45,7 @@ class Input:
         tags: given ones; None where there are none.
         reason: stable code, if so.
         detail: what exactly.
+        size: height and width of the decoded picture in display orientation, whatever is made of it later.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Input:
     tags: tuple[str, ...] | None = None
     reason: str = ""
     detail: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -114,24 +116,34 @@ def _decoded(raw: RawInput, classes: tuple[str, ...], config: LabelConfig) -> In
             raise BadSample("no_tags", "and --tags given")
     except BadSample as bad:
         return Input(raw.key, raw.parent, raw.uri, raw.etag, None, None, bad.reason, bad.detail)
+    tags = None if sample.tags is None else tuple(map(storable, sample.tags))
     picture = to_working_picture(sample.image, config.max_side_px, sample.full_size)
-    return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, sample.tags)
+    return Input(raw.key, raw.parent, raw.uri, raw.etag, picture, tags, size=sample.full_size)
 
 
 def raw_inputs(rows: list[Listed], max_bytes: int) -> Iterator[RawInput]:
-    """Undecoded inputs of some inventory rows, in order, fetched at most ``READERS`` ahead."""
-    waiting: deque[Future[RawInput]] = deque()
-    remaining = iter(rows)
+    """Undecoded inputs of some inventory rows, in order; ``READERS`` are fetched ahead, together ``max_bytes``."""
+    waiting: deque[tuple[int, Future[RawInput]]] = deque()
+    ahead = 0
+
+    def next_one() -> RawInput:
+        nonlocal ahead
+        size, future = waiting.popleft()
+        ahead -= size
+        return future.result()
+
     with ThreadPoolExecutor(READERS) as pool:
-        for row in remaining:
+        for row in rows:
             if is_shard(row):
                 yield from _shard_inputs(row)
                 continue
-            waiting.append(pool.submit(_fetch, row, max_bytes))
-            if len(waiting) == READERS:
-                yield waiting.popleft().result()
+            size = max(0, row.size)
+            while waiting and (len(waiting) == READERS or ahead + size > max_bytes):
+                yield next_one()
+            waiting.append((size, pool.submit(_fetch, row, max_bytes)))
+            ahead += size
         while waiting:
-            yield waiting.popleft().result()
+            yield next_one()
 
 
 def _fetch(row: Listed, max_bytes: int) -> RawInput:
@@ -143,7 +155,7 @@ def _fetch(row: Listed, max_bytes: int) -> RawInput:
             raise BadSample(row.problem, row.uri)
         if row.size > max_bytes:
             raise BadSample("too_large", f"{row.size} bytes, allowed {max_bytes}")
-        data, etag = read_object(row.uri)
+        data, etag = read_object(row.uri, max_bytes)
         if row.etag and etag != row.etag:
             raise BadSample("changed_since_listing", f"{row.uri}: label it with --incremental")
         suffix = PurePosixPath(row.uri).suffix.lower().lstrip(".")
@@ -168,24 +180,23 @@ def _shard_inputs(row: Listed) -> Iterator[RawInput]:
         except ObjectError as error:
             yield RawInput(row.key, row.key, row.uri, row.etag, BadSample(error.reason, error.detail))
             return
-        seen: dict[str, int] = {}
+        seen: Counter[str] = Counter()
         try:
             for raw in iterate_shard(path):
                 yield _shard_input(row, etag, raw, seen)
         except BadShard as error:
             detail = str(error).replace(str(path), row.uri)
-            yield RawInput(f"{row.key}/rest", row.key, row.uri, etag, BadSample("bad_shard", detail))
+            yield RawInput(rest_key(row.key), row.key, row.uri, etag, BadSample("bad_shard", detail))
 
 
-def _shard_input(row: Listed, etag: str, raw: dict[str, Any], seen: dict[str, int]) -> RawInput:
+def _shard_input(row: Listed, etag: str, raw: dict[str, Any], seen: Counter[str]) -> RawInput:
     name = str(raw["__key__"])
+    seen[name] += 1
     members: dict[str, Any] | BadSample = raw
     try:
-        key = f"{row.key}/{check_key(name)}"
+        key = sample_key(row.key, name, seen[name])
+        if seen[name] > 1:
+            members = BadSample("duplicate_key", name)
     except BadSample as bad:
-        key, members = f"{row.key}/key-{hashlib.sha256(name.encode()).hexdigest()[:8]}", bad
-    seen[key] = seen.get(key, 0) + 1
-    if seen[key] > 1:
-        members = BadSample("duplicate_key", name)
-        key = f"{key}~{seen[key]}"
-    return RawInput(key, row.key, f"{row.uri}#{name}", etag, members)
+        key, members = bad_sample_key(row.key, name, seen[name]), bad
+    return RawInput(key, row.key, f"{row.uri}#{storable(name)}", etag, members)

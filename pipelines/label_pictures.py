@@ -8,6 +8,7 @@ from typing import Any
 
 from afa_core.data.sample import PICTURE_MEMBERS, BadSample
 from pipelines.label_inputs import raw_inputs
+from pipelines.label_keys import sample_name
 from pipelines.label_set import CommittedUnit
 from pipelines.label_sources import Listed
 
@@ -65,7 +66,7 @@ def _input_uri(row: dict[str, Any]) -> str:
     """URI of the inventory's object; that of a sample in a shard ends in ``#NAME``."""
     if row["key"] == row["input"]:
         return str(row["uri"])
-    return str(row["uri"]).removesuffix(f"#{row['key'].removeprefix(row['input'] + '/')}")
+    return str(row["uri"]).removesuffix(f"#{sample_name(row['key'], row['input'])}")
 
 
 def _picture(members: dict[str, Any] | BadSample) -> tuple[bytes | None, str, str]:

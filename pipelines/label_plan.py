@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from afa_core.errors import InputError
-from infra.errors import ServiceError
 from infra.object_store import S3, find_object, join, list_objects
 from pipelines.batched import batched
 from pipelines.errors import UsageError
@@ -39,7 +38,7 @@ from pipelines.label_set import (
     split_units,
     write_json,
 )
-from pipelines.label_sources import Listed, list_source
+from pipelines.label_sources import Listed, as_it_is_now, list_source
 from pipelines.labeller import LabelJob
 from pipelines.scratch_table import ScratchTable
 
@@ -168,16 +167,7 @@ def _quarantined(run: str) -> Iterator[Listed]:
                 found = wanted.get([row.key for row in rows])
                 again = [row for row in rows if found.get(row.key) and not row.problem]
                 wanted.put((row.key, False) for row in again)  # older rows of the same key are passed over
-                yield from map(_as_it_is_now, again)
-
-
-def _as_it_is_now(row: Listed) -> Listed:
-    """The row with the size and etag that its object has by now."""
-    try:
-        found = find_object(row.uri)
-    except ServiceError:
-        return row
-    return row if found is None else dataclasses.replace(row, size=found.size, etag=found.etag)
+                yield from map(as_it_is_now, again)
 
 
 def _unfinished_retry(run: str, generations: list[Generation]) -> bool:

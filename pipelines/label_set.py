@@ -43,7 +43,7 @@ from pipelines.inventory import Generation, inventory_rows, list_generations, lo
 from pipelines.scratch_table import ScratchTable
 from pipelines.unit_table import Unit
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RUN_FILE = "run.json"
 RUN_PREFIX = "run-"
 LABELS = "labels"
@@ -118,6 +118,7 @@ class Marker:
     tar: str
     rows: str
     tar_sha256: str
+    rows_sha256: str
     finished: float
     stage_seconds: dict[str, float]
 
@@ -162,7 +163,8 @@ def load_run(run: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(read_object(join(run, RUN_FILE))[0])
     if record.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(
-            f"{run} has schema version {record.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+            f"{run} has schema version {record.get('schema_version')}, this program reads {SCHEMA_VERSION}:"
+            " label into another --output"
         )
     return record
 

@@ -5,20 +5,27 @@ Sources are listed once, into the inventory; nothing else looks at them before t
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from afa_core.data.sample import PICTURE_SUFFIXES, path_to_key
+from afa_core.data.sample import PICTURE_SUFFIXES
 from afa_core.errors import InputError
-from infra.object_store import S3, ObjectError, find_object, list_objects, read_object
+from infra.errors import ServiceError
+from infra.object_store import CONNECTIONS, S3, ObjectError, StoredObject, find_object, list_objects, read_object
+from pipelines.batched import batched
+from pipelines.label_keys import foreign_key, wished_key
 from pipelines.tag_tables import SUFFIXES as TABLE_SUFFIXES
 from pipelines.tag_tables import table_rows
 
 SHARD_SUFFIX = ".tar"
 NAME_COLUMNS = ("uri", "path", "image")
 TAGS_COLUMN = "tags"
+LOOK_UP = 1024
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def list_source(source: str, leave_out: str | None = None) -> Iterator[Listed | 
     if suffix in TABLE_SUFFIXES:
         yield from _list_table(source)
     elif suffix == SHARD_SUFFIX and (found := find_object(source)):
-        yield Listed(path_to_key(PurePosixPath(source).relative_to(_parent(source))), source, found.size, found.etag)
+        yield _listed(PurePosixPath(source).relative_to(_parent(source)), found)
     elif source.startswith(S3) or Path(source).is_dir():
         yield from _list_prefix(source, leave_out)
     else:
@@ -75,7 +82,8 @@ def check_source(source: str) -> None:
     Raises:
         InputError: it is not.
     """
-    if not source.startswith(S3) and not Path(source).exists():
+    # pathlib has an error for a name that is too long.
+    if not source.startswith(S3) and not os.path.exists(source):  # noqa: PTH110
         raise _no_such_input(source)
 
 
@@ -91,16 +99,27 @@ def _list_prefix(prefix: str, leave_out: str | None) -> Iterator[Listed | None]:
         if leave_out and found.uri.startswith(f"{leave_out}/"):
             continue
         name = PurePosixPath(found.uri[len(prefix.rstrip("/")) + 1 :])
-        if name.suffix.lower() in PICTURE_SUFFIXES or name.suffix.lower() == SHARD_SUFFIX:
-            yield Listed(path_to_key(name), found.uri, found.size, found.etag)
+        if found.problem or name.suffix.lower() in PICTURE_SUFFIXES or name.suffix.lower() == SHARD_SUFFIX:
+            yield _listed(name, found)
         else:
             yield None
 
 
+def _listed(name: PurePosixPath, found: StoredObject) -> Listed:
+    uri = storable(found.uri)
+    problem = found.problem or ("" if uri == found.uri else "bad_path")
+    return Listed(wished_key(name), uri, found.size, found.etag, problem=problem)
+
+
+def storable(text: str) -> str:
+    """The text, with an escape for what UTF-8 cannot hold: names of local files, and JSON's strings, may have that."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _list_table(source: str) -> Iterator[Listed]:
-    """Rows of a table; relative names are looked for beside it. Sizes come with the pictures, not with the listing."""
+    """Rows of a table, with what their store knows of them; relative names are looked for beside it."""
     if not source.startswith(S3):
-        yield from _table_pictures(Path(source), _parent(source))
+        yield from _looked_up(_table_pictures(Path(source), _parent(source)))
         return
     try:
         data, _ = read_object(source)
@@ -109,7 +128,25 @@ def _list_table(source: str) -> Iterator[Listed]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / PurePosixPath(source).name
         path.write_bytes(data)
-        yield from _table_pictures(path, _parent(source))
+        yield from _looked_up(_table_pictures(path, _parent(source)))
+
+
+def _looked_up(rows: Iterable[Listed]) -> Iterator[Listed]:
+    """The rows with size and etag, many asked for at a time: without these nobody would see that a picture changed."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for some in batched(rows, LOOK_UP):
+            yield from pool.map(as_it_is_now, some)
+
+
+def as_it_is_now(row: Listed) -> Listed:
+    """The row with the size and etag that its object has by now; if it cannot be had, whoever reads it will say so."""
+    if row.problem:
+        return row
+    try:
+        found = find_object(row.uri)
+    except ServiceError:
+        return row
+    return row if found is None else dataclasses.replace(row, size=found.size, etag=found.etag)
 
 
 def _table_pictures(table: Path, base: str) -> Iterator[Listed]:
@@ -117,13 +154,14 @@ def _table_pictures(table: Path, base: str) -> Iterator[Listed]:
         absolute = row.name.startswith((S3, "/"))
         uri = row.name if absolute else f"{base}/{row.name}"
         below = uri.removeprefix(f"{base}/").removeprefix(S3).lstrip("/")
-        key = row.key or path_to_key(PurePosixPath(below))
+        key = foreign_key(row.key) if row.key else wished_key(PurePosixPath(below))
         problem = ""
-        if ".." in PurePosixPath(row.name).parts or "\x00" in row.name:
+        if not key or ".." in PurePosixPath(row.name).parts or "\x00" in row.name or storable(uri) != uri:
             problem = "bad_path"
         elif "://" in uri.removeprefix(S3):
             problem = "bad_uri"
-        yield Listed(key, uri, tags=row.tags, problem=problem)
+        tags = None if row.tags is None else tuple(map(storable, row.tags))
+        yield Listed(key, storable(uri), tags=tags, problem=problem)
 
 
 def _parent(uri: str) -> str:

@@ -57,8 +57,8 @@ class UnitWriter:
         tar = self._buffer.getvalue()
         table = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self.rows, schema=MANIFEST), table)
-        digest = hashlib.sha256(tar).hexdigest()
-        attempt = hashlib.sha256(tar + table.getvalue()).hexdigest()[:8]
+        digests = [hashlib.sha256(data).hexdigest() for data in (tar, table.getvalue())]
+        attempt = hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
         tar_name, rows_name = f"{self.name}-{attempt}.tar", f"{self.name}-{attempt}.parquet"
         write_object(label_uri(self.run, tar_name), tar)
         write_object(label_uri(self.run, rows_name), table.getvalue())
@@ -71,7 +71,8 @@ class UnitWriter:
             "unknown_tags": self.counts.unknown_tags,
             "tar": tar_name,
             "rows": rows_name,
-            "tar_sha256": digest,
+            "tar_sha256": digests[0],
+            "rows_sha256": digests[1],
             "finished": time.time(),
             "stage_seconds": {name: round(value, 4) for name, value in vars(seconds).items()},
             **facts,

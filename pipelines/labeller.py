@@ -43,10 +43,11 @@ class LabelJob:
 
 @dataclasses.dataclass(frozen=True)
 class UnitResult:
-    """What a worker tells of a unit: what it committed, or why the job cannot go on."""
+    """What a worker tells of a unit: what it committed of how many inputs, or why the job cannot go on."""
 
     counts: Counts
     seconds: StageSeconds
+    inputs: int = 0
     error: str = ""
 
 
@@ -65,7 +66,7 @@ class Labeller:
             try:
                 result = self.label_unit(Unit(**json.loads(text)))
             except ServiceError as error:  # raised here it would come with pages of Ray's own lines
-                result = UnitResult(Counts(), StageSeconds(), str(error))
+                result = UnitResult(Counts(), StageSeconds(), error=str(error))
             self._count(result.counts)
             results.append(json.dumps(dataclasses.asdict(result)))
         return {"result": np.array(results)}
@@ -76,12 +77,12 @@ class Labeller:
         Ray gives a block to another worker when the first one dies, with the units that were done before.
         """
         if find_object(label_uri(self.job.run, f"{unit.name}{MARKER}")) is not None:
-            return UnitResult(load_marker(self.job.run, unit.name).counts, StageSeconds())
+            return UnitResult(load_marker(self.job.run, unit.name).counts, StageSeconds(), unit.inputs)
         writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
         for _ in self.label_batches(unit, writer, seconds):
             pass
         writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
-        return UnitResult(writer.counts, seconds)
+        return UnitResult(writer.counts, seconds, unit.inputs)
 
     def label_batches(self, unit: Unit, writer: UnitWriter, seconds: StageSeconds) -> Iterator[int]:
         """Label a unit batch by batch without committing it; yields the number of inputs of each."""
@@ -97,7 +98,7 @@ class Labeller:
         made = label_working_pictures(self.bundle, pictures, [item.tags for item, _ in good], self.job.label_config)
         labelled = time.monotonic()
         for (item, _), label in zip(good, made, strict=True):
-            writer.add_label(item, encode_mask(label.label), self._facts(label), manifest_row(label))
+            writer.add_label(item, encode_mask(label.label), self._facts(item, label), manifest_row(item, label))
         for item in batch:
             if item.picture is None:
                 writer.quarantine(item)
@@ -110,10 +111,10 @@ class Labeller:
         for reason, count in counts.reasons.items():
             self._images.inc(count, {"status": "quarantined", "reason": reason})
 
-    def _facts(self, label: PictureLabel) -> dict[str, Any]:
+    def _facts(self, item: Input, label: PictureLabel) -> dict[str, Any]:
         """What the JSON beside a mask says."""
         return {
-            **manifest_row(label),
+            **manifest_row(item, label),
             "by_class": {
                 name: {
                     "area": label.area[name],
@@ -132,7 +133,8 @@ class Labeller:
 def result_from_json(text: str) -> UnitResult:
     """What ``Labeller`` gave back."""
     values = json.loads(text)
-    return UnitResult(Counts(**values["counts"]), StageSeconds(**values["seconds"]), values["error"])
+    counts, seconds = Counts(**values["counts"]), StageSeconds(**values["seconds"])
+    return UnitResult(counts, seconds, values["inputs"], values["error"])
 
 
 def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
@@ -147,9 +149,12 @@ def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
         yield batch
 
 
-def manifest_row(label: PictureLabel) -> dict[str, Any]:
-    """The row of a labelled picture, beyond what it was made from."""
-    height, width = label.label.shape
+def manifest_row(item: Input, label: PictureLabel) -> dict[str, Any]:
+    """The row of a labelled picture, beyond what it was made from.
+
+    The size is the picture's, not the mask's: ``verify-labels`` compares the two.
+    """
+    height, width = item.size
     return {
         "tags": list(label.tags),
         "tags_source": "given" if label.tags_given else "predicted",

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+from ray.exceptions import RayError, RayTaskError
 
 from afa_core.checkpoint import load_bundle
 from pipelines.cli import stage_main
@@ -27,13 +27,19 @@ from pipelines.label_estimate import describe_plan
 from pipelines.label_leftovers import remove_leftovers
 from pipelines.label_options import add_label_options, config_digest, label_config
 from pipelines.label_plan import Plan, add_generations, check_output, count_plan, open_run
+from pipelines.label_progress import LabelProgress
 from pipelines.label_set import Counts, committed_table, count_rows, run_uri, waiting_units
 from pipelines.label_sources import absolute_source, check_source
 from pipelines.label_windows import run_units
 from pipelines.labeller import LabelJob, UnitResult
+from pipelines.last_words import last_words
 from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
 from pipelines.unit_table import Unit
+
+GOES_ON = "the same command goes on with what is missing"
+# Of these no other attempt is made: what is wrong stands in the inventory, or in a shard that would be read alike.
+WRONG_NAMES = frozenset({"bad_key", "duplicate_key", "bad_path", "bad_uri"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
             dry_run(arguments, job, source, output, Path(scratch))
             return 0
         try:
-            label(arguments, job, source, output)
+            with last_words(f"error: ended by force, or by Ray: {GOES_ON}"):
+                label(arguments, job, source, output)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on with what is missing") from None
+            raise KeyboardInterrupt(GOES_ON) from None
+        except RayError as error:
+            if isinstance(error, RayTaskError):  # this program's own error, which is to be seen
+                raise
+            said = str(error).splitlines()[0]
+            print(f"error: Ray failed ({said}): {GOES_ON}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -151,12 +164,10 @@ def label_units(units: Iterator[Unit], plan: Plan, job: LabelJob, arguments: arg
     if not plan.waiting_units:
         return outcome
     start_ray()
-    interval_s = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(total=plan.waiting_inputs, unit="image", mininterval=interval_s) as bar:
+    with LabelProgress(plan.waiting_inputs) as progress:
         for result in run_units(units, job, arguments.workers, use_gpu=arguments.use_gpu):
             outcome.add(result)
-            bar.set_postfix(quarantined=outcome.counts.quarantined, refresh=False)
-            bar.update(result.counts.images)
+            progress.add(result)
     return outcome
 
 
@@ -171,8 +182,9 @@ def summary(total: Counts, outcome: Outcome, seconds: float, run_uri: str) -> st
     if total.unknown_tags:
         counted = ", ".join(f"{tag} ({count})" for tag, count in sorted(total.unknown_tags.items()))
         lines.append(f"  tags that the model has no class for: {counted}")
-    if total.quarantined:
-        lines.append("  try these again with --only quarantined")
+    again = sum(count for reason, count in total.reasons.items() if reason not in WRONG_NAMES)
+    if again:
+        lines.append("  --only quarantined tries again what may be read another time")
     if stages.total():
         shares = "  ".join(f"{stage} {value / stages.total():.0%}" for stage, value in stages.most_common())
         lines.append(f"slowest stage: {stages.most_common(1)[0][0]}  (workers' time: {shares})")

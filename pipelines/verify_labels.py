@@ -23,12 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
+from afa_core.classes import IGNORE_INDEX
 from afa_core.data.sample import BadSample, decode_seg_label
 from infra.object_store import CONNECTIONS, ObjectError, join, list_objects, read_object
 from pipelines.batched import batched
 from pipelines.cli import stage_main
+from pipelines.driver_lease import DRIVERS, left_behind
 from pipelines.inventory import (
     HEAD,
     INVENTORY,
@@ -40,9 +43,11 @@ from pipelines.inventory import (
     unit_rows,
 )
 from pipelines.label_set import (
+    LABELS,
     MARKER,
     MARKERS_AHEAD,
     NAMES_AHEAD,
+    RUN_FILE,
     Counts,
     Marker,
     count_rows,
@@ -51,6 +56,7 @@ from pipelines.label_set import (
     label_uri,
     list_runs,
     load_marker,
+    load_run,
     scratch_table,
 )
 from pipelines.label_sources import absolute_source
@@ -69,7 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     output = absolute_source(arguments.output)
     newest = find_run(output, arguments.run)
     runs = [newest] if arguments.run or newest == output else list_runs(output)
-    broken = 0
+    strays = list(stray_files(output, runs)) if newest != output and not arguments.run else []
+    broken = len(strays)
+    for problem in strays:
+        print(f"PROBLEM {problem}")
     for run_uri in runs:
         report = verify_run(run_uri)
         broken += len(report.problems)
@@ -107,6 +116,8 @@ def verify_run(run_uri: str) -> Report:
             known = expected.get(names)
             report.problems += [f"{name} belongs to no committed unit" for name in sorted(set(names) - known.keys())]
     report.problems += stray_inventory_files(run_uri)
+    report.problems += [f"{uri} is of no driver at work" for uri in left_behind(run_uri)]
+    report.problems += [f"{uri} belongs to nothing" for uri in stray_run_files(run_uri)]
     if report.committed == report.units:
         report.counts = count_rows(run_uri)
     return report
@@ -114,13 +125,14 @@ def verify_run(run_uri: str) -> Report:
 
 def check_units(run_uri: str, generations: list[Generation], expected: ScratchTable, report: Report) -> None:
     """Check every unit, several at a time; the names of the files that count go into ``expected``."""
+    classes = len(load_run(run_uri)["classes"])
     with ThreadPoolExecutor(CONNECTIONS) as pool, tempfile.TemporaryDirectory() as scratch:
         keys = _Keys(Path(scratch))
         with closing(keys):
             for generation in generations:
                 report.units += generation.units
                 for units in batched(load_units(run_uri, generation), MARKERS_AHEAD):
-                    for check in pool.map(lambda unit: check_unit(run_uri, unit), units):
+                    for check in pool.map(lambda unit: check_unit(run_uri, unit, classes), units):
                         report.inputs += check.inputs
                         report.committed += bool(check.files)
                         report.problems += check.problems
@@ -139,18 +151,21 @@ class UnitCheck:
     problems: list[str] = field(default_factory=list)
 
 
-def check_unit(run_uri: str, unit: Unit) -> UnitCheck:
-    """Marker, rows and masks of a unit against its inventory."""
+def check_unit(run_uri: str, unit: Unit, classes: int) -> UnitCheck:
+    """Marker, rows and masks of a unit against its inventory and the number of classes."""
     check = UnitCheck()
     try:
         rows = unit_rows(unit)
         check.inputs = len(rows)
         marker = load_marker(run_uri, unit.name)
         check.files = [f"{unit.name}{MARKER}", marker.tar, marker.rows]
-        table = pq.read_table(io.BytesIO(read_object(label_uri(run_uri, marker.rows))[0])).to_pylist()
+        rows_bytes = read_object(label_uri(run_uri, marker.rows))[0]
+        table = pq.read_table(io.BytesIO(rows_bytes)).to_pylist()
         check.keys = [row["key"] for row in table]
         check.problems += check_rows(unit, marker, {row.key: is_shard(row) for row in rows}, table)
-        check.problems += check_masks(unit, marker, read_object(label_uri(run_uri, marker.tar))[0], table)
+        if hashlib.sha256(rows_bytes).hexdigest() != marker.rows_sha256:
+            check.problems.append(f"{marker.rows} differs from its SHA-256")
+        check.problems += check_masks(unit, marker, read_object(label_uri(run_uri, marker.tar))[0], table, classes)
     except ObjectError as error:
         missing = f"{unit.name}{MARKER}" in error.detail and error.reason == "missing_object"
         text = "is not committed: run the afa label command again" if missing else f"cannot be read: {error}"
@@ -182,8 +197,10 @@ def check_rows(unit: Unit, marker: Marker, inputs: dict[str, bool], table: list[
         yield f"unit {unit.name}: the marker says {said}; there are {there}"
 
 
-def check_masks(unit: Unit, marker: Marker, tar_bytes: bytes, table: list[dict[str, Any]]) -> Iterator[str]:
-    """Every ok row has one mask of its size, and nothing else has one."""
+def check_masks(
+    unit: Unit, marker: Marker, tar_bytes: bytes, table: list[dict[str, Any]], classes: int
+) -> Iterator[str]:
+    """Every ok row has one mask of its picture's size, and nothing else has one."""
     if hashlib.sha256(tar_bytes).hexdigest() != marker.tar_sha256:
         yield f"{marker.tar} differs from its SHA-256"
         return
@@ -197,15 +214,15 @@ def check_masks(unit: Unit, marker: Marker, tar_bytes: bytes, table: list[dict[s
             if key not in sizes or stream is None or suffix not in ("png", "json"):
                 yield f"{marker.tar} holds {member.name}, which no row is of"
             elif suffix == "png":
-                yield from check_mask(key, stream.read(), sizes[key])
+                yield from check_mask(key, stream.read(), sizes[key], classes)
     for key in sizes:
         for name in (f"{key}.png", f"{key}.json"):
             if seen[name] != 1:
                 yield f"{name} is {seen[name]} times in {marker.tar} (unit {unit.name})"
 
 
-def check_mask(key: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
-    """A mask that can be decoded and has its picture's size."""
+def check_mask(key: str, data: bytes, size: tuple[int, int], classes: int) -> Iterator[str]:
+    """A mask that can be decoded, has its picture's size, and shows nothing but classes of the list."""
     try:
         label = decode_seg_label(data, max_megapixels=math.inf)
     except BadSample as bad:
@@ -213,6 +230,21 @@ def check_mask(key: str, data: bytes, size: tuple[int, int]) -> Iterator[str]:
         return
     if label.shape != size:
         yield f"mask of {key} is {label.shape[1]} x {label.shape[0]}, its picture {size[1]} x {size[0]}"
+    foreign = [int(value) for value in np.flatnonzero(np.bincount(label.ravel())) if classes < value < IGNORE_INDEX]
+    if foreign:
+        yield f"mask of {key} has values {foreign}, the run has {classes} classes"
+
+
+def stray_files(output: str, runs: list[str]) -> Iterator[str]:
+    """What lies in a label set beside its runs, and folders that look like runs but have no ``run.json``."""
+    inside = tuple(f"{run}/" for run in runs)
+    yield from (f"{found.uri} is of no run" for found in list_objects(output) if not found.uri.startswith(inside))
+
+
+def stray_run_files(run_uri: str) -> Iterator[str]:
+    """What lies in a run beside its known folders, which are checked by themselves."""
+    known = (join(run_uri, RUN_FILE), *(f"{join(run_uri, name)}/" for name in (INVENTORY, LABELS, DRIVERS)))
+    yield from (found.uri for found in list_objects(run_uri) if not found.uri.startswith(known))
 
 
 def stray_inventory_files(run_uri: str) -> Iterator[str]:

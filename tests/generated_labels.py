@@ -147,7 +147,8 @@ def _write_unit(run: Path, unit: str, number: int, table: list[dict[str, Any]], 
     tar = _tar([(row["key"], index) for index, row in enumerate(table) if row["status"] == "ok"], table)
     labels = run / "labels"
     (labels / f"{unit}-a.tar").write_bytes(tar)
-    pq.write_table(pa.Table.from_pylist(table, schema=MANIFEST), labels / f"{unit}-a.parquet")
+    rows = labels / f"{unit}-a.parquet"
+    pq.write_table(pa.Table.from_pylist(table, schema=MANIFEST), rows)
     reasons = [row["reason"] for row in table if row["status"] != "ok"]
     paused = 7200.0 * (number >= 40)  # killed and resumed two hours later
     marker = {
@@ -159,6 +160,7 @@ def _write_unit(run: Path, unit: str, number: int, table: list[dict[str, Any]], 
         "tar": f"{unit}-a.tar",
         "rows": f"{unit}-a.parquet",
         "tar_sha256": hashlib.sha256(tar).hexdigest(),
+        "rows_sha256": hashlib.sha256(rows.read_bytes()).hexdigest(),
         "finished": created + 60 + 3.0 * number + paused,
         "stage_seconds": {"read": 0.5, "decode": 0.4, "label": 2.0 + number % 5 / 10, "write": 0.1},
     }

@@ -173,7 +173,7 @@ def finished_files(units: int) -> Iterator[str]:
 
 
 def marker_of(unit: str) -> Marker:
-    files = {"tar": f"{unit}-00000000.tar", "rows": f"{unit}-00000000.parquet", "tar_sha256": ""}
+    files = {"tar": f"{unit}-00000000.tar", "rows": f"{unit}-00000000.parquet", "tar_sha256": "", "rows_sha256": ""}
     return Marker(unit, PICTURES, PICTURES, {}, {}, **files, finished=0.0, stage_seconds={})
 
 

@@ -1,4 +1,4 @@
-"""Labelling while its processes are killed: a worker, the raylet. Each on a Ray of its own."""
+"""Labelling while its processes are killed: a worker, the raylet, the driver. Each on a Ray of its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+import boto3
 import pytest
 from commands import afa, afa_running
-from labelling import done_units, picture, verified
+from labelling import done_units, picture, rows_of, verified
 from processes import descendants, first_named
+from servers.fault_proxy import fault_proxy
+
+from infra.object_store import delete_object, find_object, write_object
 
 
 @pytest.fixture
@@ -50,8 +54,40 @@ def test_after_the_raylet_is_killed_the_command_ends_and_can_be_run_again(words:
         started = time.monotonic()
         _, error = process.communicate(timeout=200)
         print(f"ended with {process.returncode} after {time.monotonic() - started:.0f} s: {error[-2000:]}")
-    assert process.returncode not in (0, 2)
+    assert process.returncode == 1
+    assert "the same command goes on with what is missing" in error
     before = {path: Path(path).stat().st_mtime_ns for path in done_units(output)}
     assert "images 200  labels 200  quarantined 0" in afa(*words)
     assert all(Path(path).stat().st_mtime_ns == time_ns for path, time_ns in before.items())
     assert verified(output)
+
+
+def test_kills_of_worker_and_driver_under_a_bad_server(bundle: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    boto3.client("s3").create_bucket(Bucket="killed")
+    source, output = "s3://killed/pictures", "s3://killed/labels"
+    for index in range(48):
+        write_object(f"{source}/{index:03d}.png", picture(index, 96))
+    words = ["label", "--model", bundle, "--input", source, "--output", output, "--unit-size", 2, "--workers", 2]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with fault_proxy(s3, share=0.05) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with afa_running(*words, until=lambda: bool(done_units(output))) as process:
+            delete_object(f"{source}/047.png")  # listed, and not read yet
+            worker = first_named(process.pid, "ray::MapWorker")
+            assert worker is not None, descendants(process.pid)
+            os.kill(worker, signal.SIGKILL)
+            begun_units, deadline = len(done_units(output)), time.monotonic() + 60
+            while len(done_units(output)) < begun_units + 2:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline, "the other worker does not go on"
+                time.sleep(0.1)
+            process.kill()
+            _, error = process.communicate()
+        assert "the same command goes on with what is missing" in error
+        before = {uri: find_object(uri) for uri in done_units(output)}
+        assert len(before) < 24
+        assert "images 48  labels 47  quarantined 1" in afa(*words)
+        assert {uri: find_object(uri) for uri in before} == before
+        assert verified(output)
+    assert [row["reason"] for row in rows_of(output) if row["key"] == "047"] == ["missing_object"]
+    assert sum(proxy.counts[fault] for fault in ("500", "503", "slow", "cut")) > 0

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
+import shutil
 import signal
+import subprocess
 import tarfile
+import time
+import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import webdataset as wds
-from commands import afa, afa_running
+from commands import afa, afa_command, afa_running
 from labelling import done_units, masks_of, picture, rows_of, verified
 from PIL import Image
 from servers.fault_proxy import fault_proxy
 
+from afa_core.data.sample import encode_mask
 from afa_core.data.shapes import draw
 from infra.object_store import write_object
 from pipelines import label_windows, pseudo_label
 from pipelines.cli import main
 from pipelines.inventory import list_generations, load_units
+from pipelines.label_progress import expected_images
 from pipelines.label_set import find_run
 
 
@@ -77,7 +86,9 @@ def test_labels_of_a_folder_with_bad_pictures(bundle: Path, tmp_path: Path) -> N
     assert "holds labels of" in afa("label", "--model", bundle, "--input", tmp_path, "--output", output, status=2)
 
 
-def test_a_dry_run_says_what_it_would_do_and_writes_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures, output = tmp_path / "pictures", tmp_path / "labels"
     pictures.mkdir()
     for index in range(6):
@@ -86,6 +97,68 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(bundle: Path, tmp_pa
     assert "plan: 6 inputs in 2 units, 2 units to do" in printed
     assert "for about 6 pictures" in printed
     assert not output.exists()
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    assert main(["label", "--model", str(bundle), "--input", str(tmp_path / "empty.tar"), "--output", str(output),
+                 "--dry-run"]) == 0  # fmt: skip
+    assert "hold no pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--scales", "inf"], "--scales inf: input should be less than or equal to 4"),
+    (["--scales", "1e6"], "--scales 1000000.0: input should be less than or equal to 4"),
+    (["--scales", "wide"], "--scales: 'wide' is not a list of numbers, e.g. 1,0.5,1.5; afa label --help tells more"),
+    (["--head", "cat"], "--head: invalid choice: 'cat' (choose from"),
+    (["--refinement", "par"], "unrecognized arguments: --refinement par"),
+    (["--workers"], "--workers: expected one argument"),
+    (["--input", "a" * 300], "no such input: "),
+], ids=str)  # fmt: skip
+def test_wrong_options_are_one_line(
+    bundle: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: int | str | None = main(["label", "--model", str(bundle), "--input", str(tmp_path), "--output",
+                                         str(tmp_path / "out"), *words])  # fmt: skip
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def live_metrics() -> str:
+    """What Ray's agent tells Prometheus."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_progress_is_there_for_prometheus(bundle: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "three.tar", "w") as tar:
+        for index in range(3):
+            data = picture(index)
+            member = tarfile.TarInfo(f"{index}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    words = ["label", "--model", bundle, "--input", tmp_path / "three.tar", "--output", tmp_path / "labels"]
+    assert main(list(map(str, words))) == 0  # in this process, which lives on while Ray passes its numbers on
+    deadline = time.monotonic() + 60
+    wanted = ["afa_label_images_expected", "afa_label_images_done", "afa_label_images_per_s", "afa_label_images_total"]
+    while not all(name in live_metrics() for name in wanted):
+        assert time.monotonic() < deadline, live_metrics()
+        time.sleep(0.5)
+    values = [line for line in live_metrics().splitlines() if line.startswith(("ray_afa_label_images_expected",
+                                                                             "ray_afa_label_images_done"))]  # fmt: skip
+    assert [line.rsplit(" ", 1)[1] for line in values] == ["3.0"] * len(values)
+
+
+def test_the_expected_number_of_pictures_follows_the_shards() -> None:
+    assert expected_images(10, 0, 0) == 10
+    assert expected_images(10, 4, 4) == 10  # pictures
+    assert expected_images(10, 4, 2000) == 5000  # shards of 500
+    assert expected_images(10, 10, 4321) == 4321
 
 
 def test_more_units_than_blocks(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,40 +179,65 @@ def test_more_units_than_blocks(bundle: Path, tmp_path: Path, monkeypatch: pytes
     assert marker.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["mask", "tar", "rows", "stray", "marker"])
-def test_verification_finds_what_was_damaged(bundle: Path, tmp_path: Path, damage: str) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "labels"
-    pictures.mkdir()
+@pytest.fixture(scope="module")
+def labels(local_ray: None, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A label set of four pictures in two units, to be copied."""
+    folder = tmp_path_factory.mktemp("verified")
+    (folder / "pictures").mkdir()
     for index in range(4):
-        (pictures / f"{index}.png").write_bytes(picture(index))
-    afa("label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2)
-    folder = Path(find_run(str(output))) / "labels"
-    tar, rows = min(folder.glob("*.tar")), min(folder.glob("*.parquet"))
-    marker = min(folder.glob("*.done.json"))
+        (folder / "pictures" / f"{index}.png").write_bytes(picture(index))
+    afa("label", "--model", bundle, "--input", folder / "pictures", "--output", folder / "labels", "--unit-size", 2)
+    return folder / "labels"
+
+
+def rewrite_tar(tar: Path, marker: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Change members of a unit's tar, or leave them out, and have the marker name its new digest."""
+    with tarfile.open(tar) as source:
+        members = [(member.name, source.extractfile(member).read()) for member in source]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as writer:
+        for name, data in members:
+            changed = change(name, data)
+            if changed is not None:
+                member = tarfile.TarInfo(name)
+                member.size = len(changed)
+                writer.addfile(member, io.BytesIO(changed))
+    values = json.loads(marker.read_text())
+    marker.write_text(json.dumps(values | {"tar_sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}))
+
+
+@pytest.mark.parametrize(("damage", "expected"), [
+    ("mask", "is 0 times in"), ("size", "is 9 x 7, its picture 64 x 64"), ("values", "has values [77]"),
+    ("tar", "differs from its SHA-256"), ("rows", "input 1 has no row"), ("cell", ".parquet differs from its SHA-256"),
+    ("labels/stray.tar", "stray.tar belongs to no committed unit"), ("stray.txt", "stray.txt belongs to nothing"),
+    ("drivers/old.txt", "old.txt is of no driver at work"), ("../stray.txt", "stray.txt is of no run"),
+    ("../run-00000000/labels/x.tar", "run-00000000/labels/x.tar is of no run"), ("marker", "is not committed"),
+])  # fmt: skip
+def test_verification_finds_what_was_damaged(
+    labels: Path, tmp_path: Path, damage: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "labels"
+    shutil.copytree(labels, output)
+    run = Path(find_run(str(output)))
+    tar, rows = min(run.glob("labels/*.tar")), min(run.glob("labels/*.parquet"))
+    marker = min(run.glob("labels/*.done.json"))
     if damage == "mask":
-        with tarfile.open(tar) as source:
-            members = [(member, source.extractfile(member).read()) for member in source]  # type: ignore[union-attr]
-        with wds.TarWriter(str(tar), encoder=False) as writer:
-            for member, data in members[:-2]:
-                key, suffix = member.name.rsplit(".", 1)
-                writer.write({"__key__": key, suffix: data})
-        values = json.loads(marker.read_text())
-        marker.write_text(json.dumps(values | {"tar_sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}))
-        expected = "is 0 times in"
+        rewrite_tar(tar, marker, lambda name, data: None if name == "1.png" else data)
+    elif damage in ("size", "values"):
+        mask = np.zeros((7, 9) if damage == "size" else (64, 64), np.uint8)
+        mask[0, 0] = 77 if damage == "values" else 1
+        rewrite_tar(tar, marker, lambda name, data: encode_mask(mask) if name == "1.png" else data)
     elif damage == "tar":
         tar.write_bytes(tar.read_bytes()[:-600])
-        expected = "differs from its SHA-256"
-    elif damage == "rows":
+    elif damage in ("rows", "cell"):
         table = pq.read_table(rows)
-        pq.write_table(table.slice(0, 1), rows)
-        expected = "input 1 has no row"
-    elif damage == "stray":
-        (folder / "stray.tar").touch()
-        expected = "stray.tar belongs to no committed unit"
-    else:
+        pq.write_table(table.slice(0, 1) if damage == "rows" else table.drop_columns("confidence"), rows)
+    elif damage == "marker":
         marker.unlink()
-        expected = "is not committed"
-    assert expected in afa("verify-labels", output, status=1)
+    else:
+        (run / damage).resolve().parent.mkdir(parents=True, exist_ok=True)
+        (run / damage).touch()
+    assert main(["verify-labels", str(output)]) == 1
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
@@ -175,6 +273,22 @@ def test_two_drivers_on_one_output(bundle: Path, tmp_path: Path) -> None:
     assert verified(output)
 
 
+def test_two_drivers_started_at_the_same_moment(bundle: Path, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "labels"
+    pictures.mkdir()
+    for index in range(12):
+        (pictures / f"{index}.png").write_bytes(picture(index))
+    words = ["label", "--model", bundle, "--input", pictures, "--output", output, "--unit-size", 2]
+    drivers = [subprocess.Popen(afa_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for _ in range(2)]  # fmt: skip
+    said = [driver.communicate(timeout=250) for driver in drivers]
+    statuses = [driver.returncode for driver in drivers]
+    assert sorted(statuses) in ([0, 2], [0, 0]), said  # the later one gives way, or came when the other was done
+    for status, (printed, error) in zip(statuses, said, strict=True):
+        assert "images 12  labels 12" in printed if status == 0 else "another driver is at work" in error
+    assert verified(output)
+
+
 def test_labels_of_shards_take_their_tags(bundle: Path, tmp_path: Path) -> None:
     shards, output = tmp_path / "shards", tmp_path / "labels"
     shards.mkdir()
@@ -193,10 +307,10 @@ def test_labels_of_shards_take_their_tags(bundle: Path, tmp_path: Path) -> None:
     assert Counter(row["reason"] for row in rows.values() if row["input"] == "whole") == {
         None: 6, "bad_key": 1, "duplicate_key": 1,
     }  # fmt: skip
-    assert rows["whole/001"]["tags"] == ["disc"]
-    assert rows["whole/001"]["unknown_tags"] == ["unicorn"]
-    assert rows["whole/001"]["tags_source"] == "given"
-    assert rows["whole/001"]["uri"] == f"{shards}/whole.tar#001"
+    assert rows["whole~/001"]["tags"] == ["disc"]
+    assert rows["whole~/001"]["unknown_tags"] == ["unicorn"]
+    assert rows["whole~/001"]["tags_source"] == "given"
+    assert rows["whole~/001"]["uri"] == f"{shards}/whole.tar#001"
     assert verified(output)
 
 
@@ -214,6 +328,14 @@ def test_a_table_of_uris_with_tags(bundle: Path, tmp_path: Path) -> None:
     assert Counter(row["reason"] for row in rows.values()) == {
         None: 3, "duplicate_key": 1, "missing_object": 1, "bad_path": 1, "bad_uri": 1,
     }  # fmt: skip
+    assert verified(tmp_path / "labels")
+    # Its store is asked for what it knows of each: other bytes and other tags are news, the rest is not.
+    (tmp_path / "0.png").write_bytes(picture(7, 80))
+    table.write_text(table.read_text().replace("1.png,", "1.png,ring"))
+    words = ["label", "--model", bundle, "--input", table, "--output", tmp_path / "labels", "--incremental"]
+    assert "2 new or changed" in afa(*words)
+    rows = {row["key"]: row for row in rows_of(tmp_path / "labels")}
+    assert (rows["0"]["width"], rows["1"]["tags"], len(rows)) == (80, ["ring"], 7)
     assert verified(tmp_path / "labels")
 
 

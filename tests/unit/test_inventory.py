@@ -86,6 +86,37 @@ def test_a_second_listing_has_what_is_new_or_has_changed() -> None:
         assert write(folder, second, 2).inputs == 0
 
 
+def test_of_a_table_changed_tags_are_news_and_repeated_rows_are_not() -> None:
+    first = [
+        Listed("a", "/x/a.jpg", 1, "1", ("dog",)),
+        Listed("a", "/x/a.jpg", 1, "1", ("cat",)),  # the same again: the first counts
+        Listed("b", "/x/b.jpg", 1, "1", ("dog",)),
+        Listed("two", "/x/b.jpg", 1, "1", ("cat",)),  # one picture under two keys, as the table says
+    ]
+    second = [*first[:2], Listed("b", "/x/b.jpg", 1, "1", ("cat",)), first[3], Listed("a", "/x/a.gif", 1, "1")]
+    with tempfile.TemporaryDirectory() as folder:
+        before = list(load_units(folder, write(folder, first)))
+        keys = [row.key for row in inventory_rows(folder, Generation("0000", "", 0, 0, 0))]
+        assert (keys[0], keys[2:]) == ("a", ["b", "two"])
+        assert write(folder, first, 1).inputs == 0
+        rows = list(inventory_rows(folder, write(folder, second, 1)))
+        assert [(row.uri, row.tags) for row in rows] == [("/x/a.gif", None), ("/x/b.jpg", ("cat",))]
+        assert rows[1].key == "b"
+    with tempfile.TemporaryDirectory() as folder:
+        changed = [first[0], first[1], second[2], first[3]]
+        after = list(load_units(folder, write(folder, changed)))
+        assert [one.name == other.name for one, other in zip(before, after, strict=True)] == [False, True]
+
+
+def test_a_changed_picture_keeps_its_key_beside_a_new_one_that_wishes_for_it() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, [Listed("a", "/x/a.png", 1, "1")])
+        listed = [Listed("a", "/x/a.png", 1, "2"), Listed("a", "/x/a.jpg", 1, "1")]
+        keys = {row.uri: row.key for row in inventory_rows(folder, write(folder, listed, 1))}
+    assert keys["/x/a.png"] == "a"
+    assert keys["/x/a.jpg"].startswith("a~")
+
+
 def test_listing_a_large_store_holds_little_of_it() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "listing.py"
     answer = subprocess.run([sys.executable, script, "300000"], capture_output=True, text=True, check=True)

@@ -36,7 +36,7 @@ def bad_row(key: str, reason: str = "unreadable") -> dict[str, Any]:
 
 def marker(unit: str = "u", finished: float = 10.0, images: int = 4, seconds: float = 2.0) -> Marker:
     return Marker(
-        unit, images, images, {}, {}, "t", "r", "0", finished, {"read": seconds / 4, "label": seconds * 3 / 4}
+        unit, images, images, {}, {}, "t", "r", "0", "0", finished, {"read": seconds / 4, "label": seconds * 3 / 4}
     )
 
 

@@ -70,7 +70,7 @@ def test_names_of_more_units_than_a_million_sort_as_they_come(tmp_path: Path) ->
 def test_leftovers_are_what_no_marker_names() -> None:
     def marker_of(unit: str) -> Marker:
         assert unit == "0000-000001-bb", "this marker need not be read"
-        return Marker(unit, 1, 1, {}, {}, f"{unit}-2.tar", f"{unit}-2.parquet", "", 0.0, {})
+        return Marker(unit, 1, 1, {}, {}, f"{unit}-2.tar", f"{unit}-2.parquet", "", "", 0.0, {})
 
     whole = ["0000-000000-aa-1.parquet", "0000-000000-aa-1.tar", "0000-000000-aa.done.json"]
     twice = ["0000-000001-bb-1.tar", "0000-000001-bb-2.parquet", "0000-000001-bb-2.tar", "0000-000001-bb.done.json"]
