@@ -11,6 +11,8 @@ env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# Where PYTHONDONTWRITEBYTECODE is set, every process of a job would compile torch and Ray anew.
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q $(VENV)/lib > /dev/null || true
 	touch $@
 
 demo: env

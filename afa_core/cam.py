@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afa_core.backbone import kernels
+from afa_core.backbone.features import BackboneOutput
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
 from afa_core.model import AFANet
 from afa_core.packing import Packing
@@ -76,7 +77,11 @@ def scaled_with_mirror(image: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def multi_scale_cam(
-    model: AFANet, image: Tensor, scales: Sequence[float], packing: Packing | None = None
+    model: AFANet,
+    image: Tensor,
+    scales: Sequence[float],
+    packing: Packing | None = None,
+    known: BackboneOutput | None = None,
 ) -> MultiScaleCam:
     """Class activation maps over scales and mirrors, with the affinity of the largest scale.
 
@@ -85,27 +90,35 @@ def multi_scale_cam(
         image: normalised pictures [B, 3, H, W].
         scales: factors on H and W; sizes are truncated.
         packing: the classes that are wanted; None: all.
+        known: what the backbone said of the pictures as they are, if it was asked already, in evaluation mode.
     """
     batch = len(image)
     packing = packing or Packing.of_all(batch, model.num_foreground, image.device)
     alone = image.device.type == "cpu" and kernels.is_large(image)
     groups = [slice(index, index + 1) for index in range(batch)] if alone else [slice(0, batch)]
     with evaluation_mode(model):
-        parts = [_scaled_cam(model, image[group], scales, packing.part(group)) for group in groups]
+        parts = [
+            _scaled_cam(model, image[group], scales, packing.part(group), known and known.part(group))
+            for group in groups
+        ]
     total = torch.cat([part.cam for part in parts])
     lowest, highest = total.amin((2, 3), keepdim=True), total.amax((2, 3), keepdim=True)
     cam = (total - lowest) / (highest - lowest + EPSILON)
     return MultiScaleCam(cam, torch.cat([part.affinity for part in parts]), parts[0].grid, packing)
 
 
-def _scaled_cam(model: AFANet, image: Tensor, scales: Sequence[float], packing: Packing) -> MultiScaleCam:
+def _scaled_cam(
+    model: AFANet, image: Tensor, scales: Sequence[float], packing: Packing, known: BackboneOutput | None
+) -> MultiScaleCam:
     """The rectified maps summed over scales, not normalised yet."""
     batch, _, height, width = image.shape
     total = image.new_zeros(batch, packing.index.shape[1], height, width)
     for scale in scales:
         both = scaled_with_mirror(image, scale)
-        # The mirrors are a pass of their own where pictures pass one by one.
-        passes = [model.backbone(half) for half in (both.split(batch) if batch == 1 else (both,))]
+        if scale == 1 and known is not None:
+            passes = [known, model.backbone(both[batch:])]
+        else:  # the mirrors are a pass of their own where pictures pass one by one
+            passes = [model.backbone(half) for half in (both.split(batch) if batch == 1 else (both,))]
         raw = torch.cat([model.activate(features) for features in passes])
         if scale == max(scales):
             grid = (raw.shape[2], raw.shape[3])

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from afa_core import crf
+from afa_core.backbone import kernels
 from afa_core.cam import MultiScaleCam, multi_scale_cam, resize
 from afa_core.checkpoint import Bundle
 from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
@@ -103,16 +104,24 @@ def label_pictures(
 
 @torch.no_grad()
 def label_working_pictures(
-    bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
+    bundle: Bundle,
+    pictures: Sequence[WorkingPicture],
+    tags: Sequence[Sequence[str] | None],
+    config: LabelConfig,
+    batch_size: int = 8,
 ) -> list[PictureLabel]:
-    """Label pictures; those of the same working size share a batch."""
+    """Label pictures; those of the same working size share a batch, large ones on the CPU none (see ``cam``)."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
         by_size.setdefault(tuple(picture.image.shape[1:]), []).append(index)
     labels: dict[int, PictureLabel] = {}
+    on_cpu = next(bundle.model.parameters()).device.type == "cpu"
     for members in by_size.values():
-        made = _label_batch(bundle, [pictures[i] for i in members], [tags[i] for i in members], config)
-        labels.update(zip(members, made, strict=True))
+        alone = on_cpu and kernels.is_large(pictures[members[0]].image[None])
+        for start in range(0, len(members), 1 if alone else batch_size):
+            batch = members[start : start + (1 if alone else batch_size)]
+            made = _label_batch(bundle, [pictures[i] for i in batch], [tags[i] for i in batch], config)
+            labels.update(zip(batch, made, strict=True))
     return [labels[index] for index in range(len(pictures))]
 
 
@@ -176,7 +185,7 @@ def _run(
         logits = multi_scale_segmentation(bundle.model, image, scales)
     wanted = resize(torch.cat([logits[:, :1], packing.pack(logits[:, 1:])], dim=1), image.shape[2:])
     segmentation = wanted.masked_fill(~packing.with_background()[:, :, None, None], -torch.inf).softmax(1)
-    cam = multi_scale_cam(bundle.model, image, scales, packing)
+    cam = multi_scale_cam(bundle.model, image, scales, packing, output.backbone)
     return _Batch(image, (height, width), given, predicted, cls_label, cam, segmentation)
 
 

@@ -20,7 +20,7 @@ from infra.tracking import METRICS_BATCH, RunLogger
 RETRY_S = 10.0
 # More is not kept while the server is away; the oldest go.
 MAX_ENTRIES = 20_000
-MAX_PICTURES = 20
+MAX_FILES = 20
 
 Entry = tuple[int, int, dict[str, float]]  # step, time in milliseconds, numbers
 
@@ -31,7 +31,7 @@ class HistorySender:
     def __init__(self, logger: RunLogger) -> None:
         self._logger = logger
         self._entries: deque[Entry] = deque()
-        self._pictures: deque[tuple[bytes, str]] = deque(maxlen=MAX_PICTURES)
+        self._files: deque[tuple[bytes, str]] = deque(maxlen=MAX_FILES)
         self._dropped = 0
         self._last_steps: dict[str, int] = {}  # that the run had when this job began, by metric
         self._changed = threading.Condition()
@@ -44,10 +44,10 @@ class HistorySender:
         with self._changed:
             self._keep((step, int(time.time() * 1000), dict(numbers)))
 
-    def add_picture(self, png: bytes, artifact_path: str) -> None:
-        """Store a picture in the run."""
+    def add_file(self, data: bytes, artifact_path: str) -> None:
+        """Store a file in the run: a picture, a profile."""
         with self._changed:
-            self._pictures.append((png, artifact_path))
+            self._files.append((data, artifact_path))
 
     def send(self) -> None:
         """Have what was recorded sent, soon."""
@@ -71,15 +71,15 @@ class HistorySender:
         deadline = time.monotonic() + timeout_s
         self.send()
         with self._changed:
-            self._changed.wait_for(lambda: not (self._entries or self._pictures), deadline - time.monotonic())
+            self._changed.wait_for(lambda: not (self._entries or self._files), deadline - time.monotonic())
             self._ended = True
             self._changed.notify_all()
-            if not (self._entries or self._pictures or self._dropped):
+            if not (self._entries or self._files or self._dropped):
                 return ""
             steps = f"those of steps {self._entries[0][0]} to {self._entries[-1][0]}, " if self._entries else ""
             return (
                 f"MLflow did not take everything: {len(self._entries)} entries ({steps}kept with the last checkpoint), "
-                f"{self._dropped} older ones and {len(self._pictures)} pictures are missing"
+                f"{self._dropped} older ones and {len(self._files)} pictures are missing"
             )
 
     def _keep(self, entry: Entry) -> None:
@@ -104,11 +104,11 @@ class HistorySender:
         """Whether nothing is left of what there was to send."""
         while True:
             with self._changed:
-                batch, picture = self._batch(), next(iter(self._pictures), None)
+                batch, file = self._batch(), next(iter(self._files), None)
             if batch:
                 sent = self._send_batch(batch)
-            elif picture:
-                sent = self._logger.log_picture(*picture)
+            elif file:
+                sent = self._logger.log_file(*file)
             else:
                 return True
             if not sent:
@@ -116,8 +116,8 @@ class HistorySender:
             with self._changed:  # the oldest may have been dropped meanwhile
                 while batch and self._entries and self._entries[0] in batch:
                     self._entries.popleft()
-                if not batch and self._pictures and self._pictures[0] is picture:
-                    self._pictures.popleft()
+                if not batch and self._files and self._files[0] is file:
+                    self._files.popleft()
                 self._changed.notify_all()
 
     def _batch(self) -> list[Entry]:

@@ -99,11 +99,11 @@ class RunLogger:
             self._note("get_metric_history", error)
             return None
 
-    def log_picture(self, png: bytes, artifact_path: str) -> bool:
-        """Store a PNG file under ``artifact_path`` of the run; whether it was taken."""
+    def log_file(self, data: bytes, artifact_path: str) -> bool:
+        """Store a file under ``artifact_path`` of the run; whether it was taken."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(artifact_path).name
-            path.write_bytes(png)
+            path.write_bytes(data)
             return self._try("log_artifact", self.run_id, str(path), str(Path(artifact_path).parent))
 
     def set_tags(self, tags: Mapping[str, str]) -> bool:

@@ -32,6 +32,7 @@ from afa_core.config import (
     Positive,
 )
 from pipelines.errors import UsageError
+from pipelines.speed import SpeedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,12 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.speed.gradient_checkpointing and not self.model.backbone.startswith("mit_"):
+            raise ValueError("speed.gradient_checkpointing needs a Mix Transformer (model.backbone=mit_...)")
 
 
 def load_experiment(source: str | None, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -7,6 +7,8 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,15 @@ from afa_core.labelling import label_working_pictures
 from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
 from infra.object_store import find_object
+from pipelines.ahead import ahead
 from pipelines.inventory import unit_rows
 from pipelines.label_inputs import Input, StageSeconds, read_inputs
 from pipelines.label_set import MARKER, Counts, label_uri, load_marker
 from pipelines.label_units import UnitWriter
 from pipelines.unit_table import Unit
+
+# Pictures of one working size are looked for among so many batches.
+BATCHES_TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +92,39 @@ class Labeller:
 
     def label_batches(self, unit: Unit, writer: UnitWriter, seconds: StageSeconds) -> Iterator[int]:
         """Label a unit batch by batch without committing it; yields the number of inputs of each."""
+        size = self.job.batch_size
         inputs = read_inputs(unit_rows(unit), self.bundle.classes, self.job.label_config, seconds)
-        for batch in in_batches(inputs, self.job.batch_size):
-            self._label_batch(batch, writer, seconds)
-            yield len(batch)
+        # One thread decodes what comes next and one writes what is done, beside the network.
+        with closing(ahead(inputs, 2 * size)) as decoded, ThreadPoolExecutor(1, "write") as pen:
+            written: Future[None] | None = None
+            for batch in in_batches(decoded, BATCHES_TOGETHER * size):
+                made = self._labels(batch, seconds)
+                if written:
+                    written.result()  # one batch waits at most
+                written = pen.submit(self._write, batch, made, writer, seconds)
+                yield len(batch)
+            if written:
+                written.result()
 
-    def _label_batch(self, batch: list[Input], writer: UnitWriter, seconds: StageSeconds) -> None:
+    def _labels(self, batch: list[Input], seconds: StageSeconds) -> list[PictureLabel]:
+        """Labels of the inputs that have a picture."""
         started = time.monotonic()
-        good = [(item, item.picture) for item in batch if item.picture is not None]
-        pictures = [picture for _, picture in good]
-        made = label_working_pictures(self.bundle, pictures, [item.tags for item, _ in good], self.job.label_config)
-        labelled = time.monotonic()
-        for (item, _), label in zip(good, made, strict=True):
-            writer.add_label(item, encode_mask(label.label), self._facts(item, label), manifest_row(item, label))
+        good = [(item.picture, item.tags) for item in batch if item.picture is not None]
+        pictures, tags = [picture for picture, _ in good], [tags for _, tags in good]
+        made = label_working_pictures(self.bundle, pictures, tags, self.job.label_config, self.job.batch_size)
+        seconds.label += time.monotonic() - started
+        return made
+
+    def _write(self, batch: list[Input], made: list[PictureLabel], writer: UnitWriter, seconds: StageSeconds) -> None:
+        started = time.monotonic()
+        labels = iter(made)
         for item in batch:
             if item.picture is None:
                 writer.quarantine(item)
-        seconds.label += labelled - started
-        seconds.write += time.monotonic() - labelled
+            else:
+                label = next(labels)
+                writer.add_label(item, encode_mask(label.label), self._facts(item, label), manifest_row(item, label))
+        seconds.write += time.monotonic() - started
 
     def _count(self, counts: Counts) -> None:
         if counts.labels:

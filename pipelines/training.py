@@ -47,6 +47,7 @@ from pipelines.progress import Progress, peak_memory_gib
 from pipelines.run_state import check_state, read_state, seed_step, write_state
 from pipelines.scoring import Scores, evaluation_samples, score_samples
 from pipelines.shard_store import load_shard_set, split_files
+from pipelines.speed import StepProfiler, apply_speed
 from pipelines.worker_group import StepFacts, WorkerGroup
 
 CHECKPOINTS = "checkpoints"
@@ -112,7 +113,8 @@ class Worker:
             keep_last=train.keep_last, keep_best=train.keep_best, metric=train.best_metric,
         )  # fmt: skip
         torch.manual_seed(train.seed)  # all workers start from the same weights
-        self.model = build_model(experiment.model, len(self.index.classes))
+        self.model = build_model(experiment.model, len(self.index.classes)).to(self.device)
+        apply_speed(experiment.speed, self.model.backbone)
         if self.group.size > 1:
             synchronise_batch_norm(self.model, self.device)
         self.optimizer = build_optimizer(
@@ -129,20 +131,25 @@ class Worker:
 
     def run(self) -> None:
         """Train to the last step, evaluating and saving on the way and at the end."""
-        train, total = self.experiment.train, self.experiment.optim.total_steps
+        experiment = self.experiment
+        train, total = experiment.train, experiment.optim.total_steps
         save_every = max(1, train.checkpoint_every // 2)
         self._say(f"{self.group.size} of {train.workers} workers, {train.global_batch} pictures a step")
         batches = step_batches(
-            self.settings.dataset, self.index, self.experiment,
+            self.settings.dataset, self.index, experiment,
             first_step=self.step, rank=self.group.rank, world_size=self.group.size,
         )  # fmt: skip
+        profiler = StepProfiler(experiment.speed.profile_steps if self.history else 0, self._store)
         self.model.train()
         while self.step < total:
             if self.group.rank == 0 and self.step + 1 - self.checkpoints.safe_step > train.checkpoint_every:
                 self._wait_for_upload()  # or this step would be one too many to lose
             began = time.monotonic()
             parts = next(batches)
-            self._train_step(parts, waited_s=time.monotonic() - began)
+            waited_s = time.monotonic() - began
+            profiler.before_step()
+            self._train_step(parts, waited_s)
+            profiler.after_step(self.step)
             self.step += 1
             if self.step % train.eval_every == 0 or self.step == total:
                 self._save(self._evaluate())
@@ -174,7 +181,7 @@ class Worker:
             with nullcontext() if synchronised else self.forward.no_sync():  # type: ignore[operator]
                 result = training_step(
                     self.model, self._to_batch(part), self.step, experiment.cam, experiment.par, experiment.loss,
-                    forward=self.forward,
+                    forward=self.forward, bfloat16=experiment.speed.precision == "bfloat16",
                 )  # fmt: skip
                 (result.loss * (len(part.keys) * self.group.size / max(1, samples))).backward()
             for name, term in result.terms.items():
@@ -277,12 +284,14 @@ class Worker:
         if self.history:
             self.history.add(self.step, {f"val.{name}": value for name, value in summary.items()})
             if rows:
-                self.history.add_picture(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
+                self.history.add_file(grid_png(rows, COLUMNS), f"pictures/step-{self.step:06d}.png")
         return summary
 
     def _wrap(self) -> nn.Module:
         """The network on its device, wrapped for data parallelism where there are several workers."""
-        wrapped: nn.Module = ray.train.torch.prepare_model(self.model)
+        # Gradients lie in the buckets they are summed in: no second copy of them.
+        options = {"gradient_as_bucket_view": True}
+        wrapped: nn.Module = ray.train.torch.prepare_model(self.model, parallel_strategy_kwargs=options)
         return wrapped
 
     def _save(self, scores: dict[str, float]) -> None:
@@ -331,6 +340,10 @@ class Worker:
         if self.history:
             self.history.take_up(state["unsent"])
         self._say(f"goes on from step {self.step}")
+
+    def _store(self, data: bytes, artifact_path: str) -> None:
+        if self.history:
+            self.history.add_file(data, artifact_path)
 
     def _say(self, line: str) -> None:
         if self.group.rank == 0:

@@ -27,6 +27,14 @@ class BackboneOutput:
     queries: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
 
+    def part(self, images: slice) -> BackboneOutput:
+        """That of some of the pictures."""
+        one, two, three, four = (feature[images] for feature in self.features)
+        (query_a, query_b), (key_a, key_b) = self.queries, self.keys
+        return BackboneOutput(
+            (one, two, three, four), (query_a[images], query_b[images]), (key_a[images], key_b[images])
+        )
+
     @property
     def grid(self) -> tuple[int, int]:
         """(h4, w4), the token grid of the queries, keys and the affinity."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_the_science_loads_no_ray_no_mlflow_and_no_boto3() -> None:
     modules = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in (ROOT / "afa_core").rglob("*.py")
+        if path.stem != "par_gpu" or find_spec("triton")  # which only torch's CUDA builds bring
     )
     loaded = modules_after("\n".join(f"import {name}" for name in modules))
     assert "afa_core" in loaded

@@ -1,0 +1,82 @@
+"""What makes training faster without being part of the method: number formats, recomputation, compilation, profiles."""
+
+from __future__ import annotations
+
+import gzip
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from afa_core.backbone.mit import MixTransformer
+from afa_core.config import STRICT, CountOrZero
+
+PROFILE_ROWS = 40
+# The first steps pay for what later ones find ready.
+PROFILE_AFTER = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """How a training step is computed. Only float32 without TF32 gives the published numbers."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    # bfloat16: the network under autocast; affinity, refinement, losses, weights and optimiser stay in 32 bit.
+    precision: Literal["float32", "bfloat16"] = "float32"
+    # Products of 32-bit numbers on the GPU rounded to TF32's 10 bits.
+    tf32: bool = False
+    # The backbone through torch.compile: minutes at the start, for every size of picture.
+    compile: bool = False
+    # Backbone blocks run again in the backward pass instead of keeping their activations. Mix Transformers only.
+    gradient_checkpointing: bool = False
+    # Steps of each start of the job that are profiled on rank 0; the trace goes to the run, under profiles/.
+    profile_steps: CountOrZero = 0
+
+
+def apply_speed(config: SpeedConfig, backbone: Any) -> None:
+    """Set up this process and the backbone before its first pass."""
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    if isinstance(backbone, MixTransformer):
+        backbone.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        assert isinstance(backbone, nn.Module)
+        backbone.compile()
+
+
+class StepProfiler:
+    """Profiles some steps of a job; ``chrome://tracing`` and Perfetto show the trace."""
+
+    def __init__(self, steps: int, store: Callable[[bytes, str], None]) -> None:
+        self._store = store
+        self._left = PROFILE_AFTER + steps if steps else 0
+        self._steps = steps
+        self._profile: profile | None = None
+
+    def before_step(self) -> None:
+        """Start when the first steps are over."""
+        if self._left and self._left == self._steps:
+            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+            self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """Count, and hand the profile over after the last one."""
+        self._left = max(0, self._left - 1)
+        if self._profile is None or self._left:
+            return
+        self._profile.stop()
+        with tempfile.TemporaryDirectory(prefix="afa-profile-") as folder:
+            trace = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(trace))
+            self._store(gzip.compress(trace.read_bytes()), f"profiles/step-{step:06d}.json.gz")
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self._profile.key_averages().table(sort_by=order, row_limit=PROFILE_ROWS)
+        self._store(table.encode(), f"profiles/step-{step:06d}.txt")
+        self._profile = None
