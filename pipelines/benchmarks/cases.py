@@ -12,6 +12,10 @@ from afa_core.data.transforms import denormalise_to_unit
 from afa_core.model import AFANet, build_model
 from afa_core.packing import Packing
 from afa_core.step import Batch
+from pipelines.errors import UsageError
+
+# At the CAM's half scale the finest grid still has to hold the first stage's reduction.
+SMALLEST_CROP_PX = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,21 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sizes_from(arguments: argparse.Namespace) -> list[Size]:
-    """A size for every crop that was asked for."""
+    """A size for every crop that was asked for.
+
+    Raises:
+        UsageError: a number is too small.
+    """
+    for option, value, least in (
+        *(("crop", crop_px, SMALLEST_CROP_PX) for crop_px in arguments.crop),
+        ("batch", arguments.batch, 1),
+        ("classes", arguments.classes, 1),
+        ("tags", arguments.tags, 0),
+        ("repetitions", arguments.repetitions, 1),
+        ("rounds", arguments.rounds, 1),
+    ):
+        if value < least:
+            raise UsageError(f"--{option} {value}: must be at least {least}")
     return [
         Size(
             backbone=arguments.backbone,
