@@ -21,7 +21,7 @@ from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.data.transforms import denormalise_to_unit
 from afa_core.losses import Phase, affinity_loss, classification_loss, phase_at, segmentation_loss, total_loss
 from afa_core.model import AFANet, AFAOutput, TagLogits
-from afa_core.pseudo_label import PseudoLabel, make_pseudo_label
+from afa_core.pseudo_label import make_pseudo_label
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -51,13 +51,11 @@ class StepResult:
         loss: scalar to differentiate.
         terms: unweighted scalars by name: ``cls``, and outside the classification phase ``seg`` and ``aff``.
         phase: of this step.
-        pseudo_label: None in the classification phase.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     phase: Phase
-    pseudo_label: PseudoLabel | None
 
 
 def training_step(
@@ -90,28 +88,34 @@ def training_step(
         with mixed:
             logits: TagLogits = forward(batch.image, tags_only=True)
         cls = classification_loss(logits.class_logits, batch.cls_label)
-        return StepResult(cls + logits.unused, {"cls": cls}, phase, None)
+        return StepResult(cls + logits.unused, {"cls": cls}, phase)
     with mixed:
-        pseudo_label = make_pseudo_label(
-            model,
-            batch.image,
-            denormalise_to_unit(batch.image),
-            batch.cls_label,
-            batch.boxes,
-            cam_config,
-            par_config,
-            with_affinity=phase is Phase.REFINED_AFFINITY,
-        )
+        label, refined_cam_label = _labels(model, batch, phase, cam_config, par_config)
         output: AFAOutput = forward(batch.image)
-    refined_cam, refined_affinity = pseudo_label.refined_cam, pseudo_label.refined_affinity
-    label = refined_cam.label if refined_affinity is None else refined_affinity.label
-    affinity_label = label_to_affinity_label(refined_cam.label, output.backbone.grid, cam_config.affinity_radius)
+    affinity_label = label_to_affinity_label(refined_cam_label, output.backbone.grid, cam_config.affinity_radius)
     terms = {
         "cls": classification_loss(output.class_logits, batch.cls_label),
         "seg": segmentation_loss(output.seg_logits, label),
         "aff": affinity_loss(output.affinity, affinity_label)[0],
     }
-    return StepResult(total_loss(terms, loss_config), terms, phase, pseudo_label)
+    return StepResult(total_loss(terms, loss_config), terms, phase)
+
+
+def _labels(
+    model: AFANet, batch: Batch, phase: Phase, cam_config: CamConfig, par_config: ParConfig
+) -> tuple[Tensor, Tensor]:
+    """What segmentation learns from and what the affinity does, [B, H, W]; the maps behind them are given up."""
+    made = make_pseudo_label(
+        model,
+        batch.image,
+        denormalise_to_unit(batch.image),
+        batch.cls_label,
+        batch.boxes,
+        cam_config,
+        par_config,
+        with_affinity=phase is Phase.REFINED_AFFINITY,
+    )
+    return (made.refined_affinity or made.refined_cam).label, made.refined_cam.label
 
 
 def check_finite(terms: dict[str, Tensor], step: int) -> None:
