@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,12 @@ from afa_core.data.transforms import denormalise_to_unit
 from afa_core.model import AFANet, build_model
 from afa_core.packing import Packing
 from afa_core.step import Batch
+from pipelines.benchmarks.measure import Case, Measurement, in_turns
 from pipelines.errors import UsageError
 
 # At the CAM's half scale the finest grid still has to hold the first stage's reduction.
 SMALLEST_CROP_PX = 64
+FORMS = ("plain", "here")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,23 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, default=20, help="foreground classes")
     parser.add_argument("--tags", type=int, default=2, help="labelled classes of a picture")
     parser.add_argument("--threads", type=int, default=0, help="default: one a processor")
+    parser.add_argument("--repetitions", type=int, default=3, help="counted calls of a case and round")
+    parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
+
+
+def forms_in_turns(
+    part: str,
+    measure: Callable[[Size, str, int], Measurement],
+    arguments: argparse.Namespace,
+    forms: Sequence[str] = FORMS,
+) -> list[Measurement]:
+    """Measure the forms of a part of the step, for every crop that was asked for."""
+    cases = [
+        Case(f"{part}/{size.crop_px}/{form}", measure, (size, form, arguments.repetitions))
+        for size in sizes_from(arguments)
+        for form in forms
+    ]
+    return in_turns(cases, arguments.rounds)
 
 
 def sizes_from(arguments: argparse.Namespace) -> list[Size]:

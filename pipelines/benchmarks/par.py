@@ -10,28 +10,18 @@ from afa_core.cam import MultiScaleCam
 from afa_core.config import CamConfig, ParConfig
 from afa_core.pseudo_label import ShrunkenCrops, refine_affinity, refine_cam
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import Size, add_size_arguments, packing, prepare, sizes_from, unit
-from pipelines.benchmarks.measure import Case, Measurement, in_turns, peak_mib, repeat
+from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, packing, prepare, unit
+from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
 
 CAM, PAR = CamConfig(), ParConfig()
 FLOAT_BYTES = 4
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``afa bench par``."""
-    add_size_arguments(parser)
-    parser.add_argument("--repetitions", type=int, default=3, help="counted calls of a case and round")
-    parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
+add_arguments = add_size_arguments
 
 
 def run(arguments: argparse.Namespace) -> list[Measurement]:
     """The plain form and this project's, for every crop."""
-    cases = [
-        Case(f"par/{size.crop_px}/{form}", measure, (size, form, arguments.repetitions))
-        for size in sizes_from(arguments)
-        for form in ("plain", "here")
-    ]
-    return in_turns(cases, arguments.rounds)
+    return forms_in_turns("par", measure, arguments)
 
 
 @torch.no_grad()

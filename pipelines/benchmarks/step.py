@@ -11,8 +11,8 @@ from afa_core.backbone.mit import MixTransformer
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.step import training_step
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import Size, add_size_arguments, prepare, sizes_from
-from pipelines.benchmarks.measure import Case, Measurement, in_turns, peak_mib, repeat
+from pipelines.benchmarks.cases import FORMS, Size, add_size_arguments, forms_in_turns, prepare
+from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
 
 # Step 0 is in the phase that all labels are made in.
 LOSS = LossConfig(classification_steps=0, affinity_label_step=0)
@@ -21,23 +21,15 @@ LOSS = LossConfig(classification_steps=0, affinity_label_step=0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``afa bench step``."""
     add_size_arguments(parser)
-    parser.add_argument("--repetitions", type=int, default=3, help="counted iterations of a case and round")
-    parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
     parser.add_argument("--bfloat16", action="store_true", help="the network under autocast")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compiled", action="store_true", help="the backbone through torch.compile")
-    parser.add_argument("--only", choices=["plain", "here"], help="measure one of the two forms")
+    parser.add_argument("--only", choices=FORMS, help="measure one of the two forms")
 
 
 def run(arguments: argparse.Namespace) -> list[Measurement]:
     """The plain form and this project's, for every crop."""
-    cases = [
-        Case(f"step/{size.crop_px}/{form}", measure, (size, form, arguments.repetitions))
-        for size in sizes_from(arguments)
-        for form in ("plain", "here")
-        if arguments.only in (None, form)
-    ]
-    return in_turns(cases, arguments.rounds)
+    return forms_in_turns("step", measure, arguments, [arguments.only] if arguments.only else FORMS)
 
 
 def measure(size: Size, form: str, repetitions: int) -> Measurement:
