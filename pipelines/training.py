@@ -52,8 +52,6 @@ from pipelines.worker_group import StepFacts, WorkerGroup
 
 CHECKPOINTS = "checkpoints"
 NAMED_SKIPS = 3
-# So often Ray is asked whether a machine will be taken away. It costs all workers a round trip.
-PREEMPTION_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,6 @@ class Worker:
         self.step = self.saved_step = 0
         self._resume()
         self.forward = self._wrap()
-        self.asked_for_preemption, self.preempted = time.monotonic(), set[str]()
         self.progress = Progress("step", experiment.optim.total_steps, self.step, window=train.log_every)
 
     def run(self) -> None:
@@ -216,15 +213,12 @@ class Worker:
         facts = self.group.meet(
             StepFacts(
                 usable, len(skipped), waited_s, peak_memory_gib(self.device),
-                look_for_preemption=time.monotonic() - self.asked_for_preemption > PREEMPTION_POLL_S,
                 fenced=self.fence is not None and bool(self.fence.lost),
             )
         )  # fmt: skip
         self.progress.waited(facts.waited_s)
         if facts.fenced:
             raise Fenced(self.fence.lost if self.fence else "another group of workers has taken the run")
-        if facts.look_for_preemption:
-            self._save_if_preempted()
         self.bad_share.count(int(facts.samples + facts.bad), int(facts.bad))
         problem = self.bad_share.problem()
         if problem:
@@ -233,16 +227,6 @@ class Worker:
             self._wait_for_upload()
             raise TooManyBadSamples(f"{problem}: {dict(reasons)}")
         return facts
-
-    def _save_if_preempted(self) -> None:
-        """Save at once where Ray knows that a machine of these workers will be taken away; all workers ask together."""
-        self.asked_for_preemption = time.monotonic()
-        info = ray.train.get_preemption_info()
-        if info is not None and not self.preempted.issuperset(info.preempted_node_ids):
-            self.preempted.update(info.preempted_node_ids)
-            self._save({})
-            self._wait_for_upload()
-            self._say(f"a machine will be taken away: saved at step {self.step}")
 
     def _numbers(self, terms: dict[str, Tensor]) -> dict[str, float]:
         losses = {f"loss.{name}": float(value) for name, value in terms.items()}

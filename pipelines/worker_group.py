@@ -19,7 +19,6 @@ class StepFacts(NamedTuple):
         bad: those that could not be used.
         waited_s: for its share.
         memory_gib: most that it has held so far.
-        look_for_preemption: it is time to ask Ray.
         fenced: the run belongs to another group.
     """
 
@@ -27,7 +26,6 @@ class StepFacts(NamedTuple):
     bad: float
     waited_s: float
     memory_gib: float
-    look_for_preemption: float
     fenced: float
 
 

@@ -141,16 +141,6 @@ class Hosts:
         self.start_ray(second)
         self.wait_for_nodes(2)
 
-    def drain_second(self, seconds: int) -> None:
-        """Tell Ray that the second host will be taken away, as a cloud does with a spot machine."""
-        node = self._ask_head(NODE_OF, self.hosts[1].address).stdout.strip()
-        told = self._on_head(
-            BIN / "ray", "drain-node", "--address", f"10.77.0.1:{PORT}", "--node-id", node,
-            "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away",
-            "--deadline-remaining-seconds", seconds,
-        )  # fmt: skip
-        assert told.returncode == 0, told.stdout + told.stderr
-
     def _ask_head(self, code: str, *words: str) -> subprocess.CompletedProcess[str]:
         return self._on_head(BIN / "python", "-c", code, f"10.77.0.1:{PORT}", *words)
 
@@ -177,12 +167,6 @@ import sys
 from ray._raylet import GcsClient
 nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
 print(sum(node.state == 0 for node in nodes.values()))
-"""
-NODE_OF = """
-import sys
-from ray._raylet import GcsClient
-nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)
-print(next(i.hex() for i, node in nodes.items() if node.state == 0 and node.node_manager_address == sys.argv[2]))
 """
 
 

@@ -26,7 +26,7 @@ from infra import object_store
 from infra.object_store import list_objects, write_object
 
 TOGETHER = "2 of 2 workers"
-STEPS = 450  # they must last while a host goes, comes back and is drained
+STEPS = 300  # they must last while a host goes and comes back
 MARKER = re.compile(r"/step-\d+-\w+\.json$")
 VALUES = [
     "optim.warmup_steps=0", "loss.classification_steps=8", "loss.affinity_label_step=16",
@@ -78,9 +78,7 @@ def lone_worker_stopped(hosts: Hosts) -> Iterator[None]:
     os.kill(workers[0], signal.SIGCONT)
 
 
-def test_training_loses_a_host_goes_on_with_one_and_takes_it_back_until_it_is_preempted(
-    hosts: Hosts, tmp_path: Path
-) -> None:
+def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, tmp_path: Path) -> None:
     shards, log = tmp_path / "shards", tmp_path / "train.log"
     write_shapes(shards, train=30, val=4, size_px=64, samples_per_shard=7)
     for path in shards.iterdir():
@@ -101,11 +99,9 @@ def test_training_loses_a_host_goes_on_with_one_and_takes_it_back_until_it_is_pr
     with lone_worker_stopped(hosts):  # the run would be over before the second host is back
         hosts.return_second()
     wait_until(lambda: log.read_text().count(TOGETHER) >= 2 * once, process, log)
-    hosts.drain_second(15)
     assert process.wait(300) == 0, log.read_text()[-4000:]
     printed = log.read_text()
     assert "goes on from step" in printed
-    assert "a machine will be taken away: saved at step" in printed
     assert f"best checkpoint s3://two/runs/elastic/checkpoints/step-{STEPS:08d}" in printed
     client = MlflowClient(hosts.environment["MLFLOW_TRACKING_URI"])
     (run,) = client.search_runs([client.get_experiment_by_name("afa").experiment_id])

@@ -21,7 +21,7 @@ def meet(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     group = object.__new__(WorkerGroup)  # without Ray, which knows its rank
     group.rank, group.size, group.device = rank, 2, torch.device("cpu")
-    own = (StepFacts(3, 1, 0.0, 2.5, True, False), StepFacts(4, 0, 0.75, 1.5, False, False))[rank]
+    own = (StepFacts(3, 1, 0.0, 2.5, False), StepFacts(4, 0, 0.75, 1.5, False))[rank]
     torch.save(tuple(group.meet(own)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
