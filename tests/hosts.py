@@ -28,7 +28,6 @@ IMPATIENT = {
     "RAY_health_check_failure_threshold": "3",
     # Train waits so long for workers on machines that it does not know to be gone.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 
 
