@@ -1,5 +1,5 @@
 """Time and memory of label, verify-labels and export as a store grows: ``PYTHONPATH=tests python
-tests/benchmarks/labelling.py 256 1024 4096``.
+tests/benchmarks/growth.py 256 1024 4096``.
 
 Tiny pictures and an untrained model: what is measured is what each picture costs beside the network. A line of JSON for
 each store.
