@@ -17,6 +17,7 @@ Shapes: B images, F foreground classes, C = F + 1, K packed ones, H x W pixels; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -142,8 +143,7 @@ def refine_affinity(
     crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: BackgroundScores, config: CamConfig
 ) -> RefinedMaps:
     """Refined maps of the propagated CAM: PAR on the shrunken valid region of each crop."""
-    walked = torch.stack([propagate_cam(cam, score, config) for score in scores], dim=1)
-    runs = _resize_runs(walked, crops.image_unit.shape[2:])
+    runs = _resize_runs(propagate_cam(cam, scores, config), crops.image_unit.shape[2:])
     refined = torch.zeros_like(runs)
     for index, (count, (y0, y1, x0, x1)) in enumerate(zip(cam.packing.counts, boxes.tolist(), strict=True)):
         picture, weights = crops.of_box(index, (y0, y1, x0, x1))
@@ -153,16 +153,19 @@ def refine_affinity(
     return _to_refined_maps(refined, cam.packing, boxes)
 
 
-def propagate_cam(cam: MultiScaleCam, background_score: float, config: CamConfig) -> Tensor:
-    """CAM with background, walked along the affinity of the largest scale: [B, K + 1, h, w]."""
-    return propagate(
-        softmax_over_valid(resize(cam.cam, cam.grid), cam.packing, background_score),
+def propagate_cam(cam: MultiScaleCam, scores: Sequence[float], config: CamConfig) -> Tensor:
+    """CAM with background of S scores, walked along the affinity of the largest scale: [B, S, K + 1, h, w]."""
+    maps = resize(cam.cam, cam.grid)
+    runs = torch.stack([softmax_over_valid(maps, cam.packing, score) for score in scores], dim=1)
+    walked = propagate(
+        runs.flatten(1, 2),
         cam.affinity,
         cam.grid,
         radius=config.affinity_radius,
         power=config.propagation_power,
         iterations=config.propagation_iterations,
     )
+    return walked.unflatten(1, runs.shape[1:3])
 
 
 def softmax_over_valid(cam: Tensor, packing: Packing, background_score: float) -> Tensor:

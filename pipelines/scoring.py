@@ -166,7 +166,7 @@ def _score_batch(
     assert made.refined_affinity is not None
     size = image.shape[2:]
     packing = made.cam.packing
-    affinity_cam = packing.unpack(resize(propagate_cam(made.cam, threshold, cam_config), size))
+    affinity_cam = packing.unpack(resize(propagate_cam(made.cam, [threshold], cam_config)[:, 0], size))
     labels = {
         "cam": cam_to_label(made.cam.cam, packing, threshold),
         "refined_cam": made.refined_cam.label,

@@ -39,7 +39,10 @@ def ratios(measurements: Sequence[Measurement]) -> list[str]:
         base = first.setdefault(item.name.rpartition("/")[0], item)
         if base is item:
             continue
-        line = f"{item.name}: {base.median_s / item.median_s:.2f} times as fast as {base.name}"
+        faster = base.median_s / item.median_s
+        if base.images_per_s and item.images_per_s:  # they may have had different numbers of pictures
+            faster = item.images_per_s / base.images_per_s
+        line = f"{item.name}: {faster:.2f} times as fast as {base.name}"
         if item.peak_mib and base.peak_mib:
             line += f", {item.peak_mib / base.peak_mib:.2f} of its peak memory"
         lines.append(line)

@@ -166,7 +166,7 @@ class Case:
         band = (config.background_score_low, config.background_score_high)
         yield "cam_label_ignore_mid", "labels", cam_to_label(labelled.cam, labelled.packing, band, self.boxes)
         for name, score in zip(("propagated_low", "propagated_high"), band, strict=True):
-            yield name, "absolute", labelled.packing.unpack(propagate_cam(labelled, score, config))
+            yield name, "absolute", labelled.packing.unpack(propagate_cam(labelled, [score], config)[:, 0])
 
     def _pseudo_labels(self) -> Iterator[tuple[str, str, Tensor]]:
         made = make_pseudo_label(
