@@ -94,8 +94,8 @@ def multi_scale_cam(
     """
     batch = len(image)
     packing = packing or Packing.of_all(batch, model.num_foreground, image.device)
-    alone = image.device.type == "cpu" and kernels.is_large(image)
-    groups = [slice(index, index + 1) for index in range(batch)] if alone else [slice(0, batch)]
+    together = 1 if kernels.passes_alone(image, image.device) else batch
+    groups = [slice(start, start + together) for start in range(0, batch, together)]
     with evaluation_mode(model):
         parts = [
             _scaled_cam(model, image[group], scales, packing.part(group), known and known.part(group))

@@ -115,11 +115,11 @@ def label_working_pictures(
     for index, picture in enumerate(pictures):
         by_size.setdefault(tuple(picture.image.shape[1:]), []).append(index)
     labels: dict[int, PictureLabel] = {}
-    on_cpu = next(bundle.model.parameters()).device.type == "cpu"
+    device = next(bundle.model.parameters()).device
     for members in by_size.values():
-        alone = on_cpu and kernels.is_large(pictures[members[0]].image[None])
-        for start in range(0, len(members), 1 if alone else batch_size):
-            batch = members[start : start + (1 if alone else batch_size)]
+        together = 1 if kernels.passes_alone(pictures[members[0]].image[None], device) else batch_size
+        for start in range(0, len(members), together):
+            batch = members[start : start + together]
             made = _label_batch(bundle, [pictures[i] for i in batch], [tags[i] for i in batch], config)
             labels.update(zip(batch, made, strict=True))
     return [labels[index] for index in range(len(pictures))]

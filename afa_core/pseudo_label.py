@@ -77,17 +77,20 @@ class ShrunkenCrops:
         self.picture = resize(image_unit, _shrunk(image_unit.shape[2:], config))
 
     @cached_property
-    def weights(self) -> Tensor:
+    def _weights(self) -> Tensor:
         """[B, D, h, w]."""
         return par.neighbour_weights(self.picture, self.config)
+
+    def whole(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Picture of one crop, shrunken, and its weights, which nobody needs without iterations."""
+        return self.picture[index, None], self._weights[index, None] if self.config.iterations else None
 
     def of_box(self, index: int, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None]:
         """Picture of one crop's valid region, shrunken, and its weights if they are known."""
         y0, y1, x0, x1 = box
         height, width = self.image_unit.shape[2:]
         if box == (0, height, 0, width):
-            # Without iterations nobody asks for weights.
-            return self.picture[index, None], self.weights[index, None] if self.config.iterations else None
+            return self.whole(index)
         inside = self.image_unit[index, None, :, y0:y1, x0:x1]
         return resize(inside, _shrunk((y1 - y0, x1 - x0), self.config)), None
 
@@ -133,8 +136,8 @@ def refine_cam(crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: 
     refined = torch.zeros_like(runs)
     for index, count in enumerate(cam.packing.counts):
         valid = runs[index, None, :, : 1 + count].flatten(1, 2)
-        weights = crops.weights[index, None] if crops.config.iterations else None
-        made = par.refine(crops.picture[index, None], valid, crops.config, weights)
+        picture, weights = crops.whole(index)
+        made = par.refine(picture, valid, crops.config, weights)
         refined[index, :, : 1 + count] = made.unflatten(1, (2, 1 + count))
     return _to_refined_maps(_resize_runs(refined, crops.image_unit.shape[2:]), cam.packing, boxes)
 

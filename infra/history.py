@@ -79,7 +79,7 @@ class HistorySender:
             steps = f"those of steps {self._entries[0][0]} to {self._entries[-1][0]}, " if self._entries else ""
             return (
                 f"MLflow did not take everything: {len(self._entries)} entries ({steps}kept with the last checkpoint), "
-                f"{self._dropped} older ones and {len(self._files)} pictures are missing"
+                f"{self._dropped} older ones and {len(self._files)} files are missing"
             )
 
     def _keep(self, entry: Entry) -> None:

@@ -23,6 +23,7 @@ from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
 from infra.object_store import find_object
 from pipelines.ahead import ahead
+from pipelines.batched import batched
 from pipelines.inventory import unit_rows
 from pipelines.label_inputs import Input, StageSeconds, read_inputs
 from pipelines.label_set import MARKER, Counts, label_uri, load_marker
@@ -97,7 +98,7 @@ class Labeller:
         # One thread decodes what comes next and one writes what is done, beside the network.
         with closing(ahead(inputs, 2 * size)) as decoded, ThreadPoolExecutor(1, "write") as pen:
             written: Future[None] | None = None
-            for batch in in_batches(decoded, BATCHES_TOGETHER * size):
+            for batch in batched(decoded, BATCHES_TOGETHER * size):
                 made = self._labels(batch, seconds)
                 if written:
                     written.result()  # one batch waits at most
@@ -156,18 +157,6 @@ def result_from_json(text: str) -> UnitResult:
     values = json.loads(text)
     counts, seconds = Counts(**values["counts"]), StageSeconds(**values["seconds"])
     return UnitResult(counts, seconds, values["inputs"], values["error"])
-
-
-def in_batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
-    """Lists of at most ``size`` neighbours."""
-    batch: list[Input] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def manifest_row(item: Input, label: PictureLabel) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -85,4 +86,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process has held so far: of the GPU if it works on one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure is never below that of the process which started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -33,9 +33,14 @@ def is_large(image: Tensor) -> bool:
     return image.shape[2] * image.shape[3] >= FAST_FROM_PIXELS
 
 
+def passes_alone(image: Tensor, device: torch.device) -> bool:
+    """Whether such pictures are better computed one by one: on the CPU a batch of large ones leaves the cache."""
+    return device.type == "cpu" and is_large(image)
+
+
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, *, fast: bool) -> Tensor:
     """x W^T + b: [..., c] with weights [k, c] -> [..., k]."""
-    if fast and _onednn_takes(tokens):
+    if takes_onednn(tokens, fast=fast):
         return _OneDnnLinear.apply(tokens, weight, bias)
     return F.linear(tokens, weight, bias)
 
@@ -44,14 +49,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, fast: bool) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V of [B, n, N, d], [B, n, M, d], [B, n, M, d] -> [B, n, N, d]."""
     if not fast:
         return ((query @ key.transpose(2, 3)) * query.shape[3] ** -0.5).softmax(dim=3) @ value
-    if _onednn_takes(query) and not torch.is_grad_enabled():
+    if takes_onednn(query, fast=fast) and not torch.is_grad_enabled():
         return _attend_in_pieces(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
-
-
-def works_in_pieces(tokens: Tensor, *, fast: bool) -> bool:
-    """Whether a layer should keep its intermediate results in the cache, piece by piece."""
-    return fast and _onednn_takes(tokens)
 
 
 def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -69,9 +69,11 @@ def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attended
 
 
-def _onednn_takes(tokens: Tensor) -> bool:
+def takes_onednn(tokens: Tensor, *, fast: bool) -> bool:
+    """Whether the fast way is oneDNN's here; layers then also work in pieces that stay in the cache."""
     return (
-        tokens.device.type == "cpu"
+        fast
+        and tokens.device.type == "cpu"
         and tokens.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()

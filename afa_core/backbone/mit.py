@@ -116,7 +116,7 @@ class MixFeedForward(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], *, fast: bool) -> Tensor:
         """[B, N, c] -> [B, N, c]."""
-        if kernels.works_in_pieces(tokens, fast=fast):
+        if kernels.takes_onednn(tokens, fast=fast):
             return torch.cat([self._in_strips(image, grid) for image in tokens.unflatten(1, grid).split(1)])
         return self._mix(tokens.unflatten(1, grid), 0, 0, fast).flatten(1, 2)
 

@@ -7,12 +7,12 @@ import argparse
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from afa_core.backbone import kernels
 from afa_core.cam import multi_scale_cam, scaled_with_mirror
 from afa_core.config import CamConfig
 from afa_core.model import AFANet
+from afa_core.packing import Packing
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, packing, prepare
+from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
 
 SCALES = CamConfig().scales
@@ -32,7 +32,7 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
         plain_form.use_plain_kernels()
         seconds = repeat(lambda: plain_form.multi_scale_cam(model, batch.image, SCALES), repetitions)
     else:
-        seconds = repeat(lambda: multi_scale_cam(model, batch.image, SCALES, packing(batch)), repetitions)
+        seconds = repeat(lambda: multi_scale_cam(model, batch.image, SCALES, Packing.of(batch.cls_label)), repetitions)
     peak = peak_mib()
     operations = encoder_operations(model, batch.image)
     return Measurement(name=form, seconds=seconds, images=size.batch, peak_mib=peak, operations=operations)
@@ -41,7 +41,7 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
 @torch.no_grad()
 def encoder_operations(model: AFANet, image: torch.Tensor) -> float:
     """Floating-point operations of products and convolutions in all passes, counted on one picture."""
-    kernels.FAST_FROM_PIXELS = 2**62  # the counter does not know oneDNN's products
+    plain_form.use_plain_kernels()  # the counter does not know oneDNN's products
     total = 0
     for scale in SCALES:
         with FlopCounterMode(display=False) as counter:

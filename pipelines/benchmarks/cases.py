@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from afa_core.config import ModelConfig
-from afa_core.data.transforms import denormalise_to_unit
 from afa_core.model import AFANet, build_model
-from afa_core.packing import Packing
 from afa_core.step import Batch
 from pipelines.benchmarks.measure import Case, Measurement, in_turns
 from pipelines.errors import UsageError
@@ -113,13 +111,3 @@ def prepare(size: Size) -> tuple[AFANet, Batch]:
         cls_label[index, torch.randperm(size.classes)[: size.tags]] = 1
     boxes = torch.tensor([[0, size.crop_px, 0, size.crop_px]] * size.batch)
     return model, Batch(image.to(size.device), cls_label.to(size.device), boxes)
-
-
-def unit(batch: Batch) -> torch.Tensor:
-    """The batch's pictures as PAR sees them."""
-    return denormalise_to_unit(batch.image)
-
-
-def packing(batch: Batch) -> Packing:
-    """The batch's labels."""
-    return Packing.of(batch.cls_label)

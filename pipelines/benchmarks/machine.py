@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from afa_core.backbone import kernels
 from pipelines.benchmarks.measure import repeat
 
 COPIED_BYTES = 256 * 2**20  # far more than any cache
@@ -38,9 +39,7 @@ def roofline(device: torch.device) -> dict[str, float]:
     source = torch.ones(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     square = torch.rand(PRODUCT_SIDE, PRODUCT_SIDE, device=device)
-    products: list[Callable[[], Any]] = [lambda: square @ square]
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(square, square, None, "none", [], ""))
+    products = [partial(kernels.linear, square, square, None, fast=fast) for fast in (False, True)]
     return {
         "bytes_per_s": 2 * COPIED_BYTES / min(repeat(lambda: target.copy_(source), 5)),
         "operations_per_s": max(2 * PRODUCT_SIDE**3 / min(repeat(product, 5)) for product in products),

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipelines.progress import peak_memory_gib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,7 @@ def repeat(function: Callable[[], Any], repetitions: int, warm_up: int = 1) -> t
 
 def peak_mib() -> float:
     """Most memory this process has held so far: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure is never below that of the process which started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory_gib(torch.device("cuda" if torch.cuda.is_available() else "cpu")) * 2**10
 
 
 @dataclass(frozen=True)

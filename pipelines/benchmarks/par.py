@@ -8,9 +8,11 @@ import torch
 
 from afa_core.cam import MultiScaleCam
 from afa_core.config import CamConfig, ParConfig
+from afa_core.data.transforms import denormalise_to_unit
+from afa_core.packing import Packing
 from afa_core.pseudo_label import ShrunkenCrops, refine_affinity, refine_cam
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, packing, prepare, unit
+from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
 
 CAM, PAR = CamConfig(), ParConfig()
@@ -28,7 +30,7 @@ def run(arguments: argparse.Namespace) -> list[Measurement]:
 def measure(size: Size, form: str, repetitions: int) -> Measurement:
     """One form, in this process; walk along the affinity and labels included, as in a step."""
     _, batch = prepare(size)
-    labelled = packing(batch)
+    labelled = Packing.of(batch.cls_label)
     side = int(max(CAM.scales) * size.crop_px) // 16
     cam = torch.rand(size.batch, size.classes, size.crop_px, size.crop_px, device=size.device)
     affinity = torch.rand(size.batch, side * side, side * side, device=size.device)
@@ -39,7 +41,7 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
         if form == "plain":
             plain_form.refine(batch, cam, affinity, (side, side), CAM, PAR)
             return
-        crops = ShrunkenCrops(unit(batch), PAR)
+        crops = ShrunkenCrops(denormalise_to_unit(batch.image), PAR)
         refine_cam(crops, maps, batch.boxes, scores)
         refine_affinity(crops, maps, batch.boxes, scores, CAM)
 
