@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -55,7 +56,8 @@ def shards(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(shards: Path, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the finished two-worker run "one"."""
     folder = tmp_path_factory.mktemp("runs")
-    printed = afa("train", shards, "--config", "shapes_cpu", "--storage", folder, "--run-name", "one", *overrides())
+    settings = overrides("speed.profile_steps=1")
+    printed = afa("train", shards, "--config", "shapes_cpu", "--storage", folder, "--run-name", "one", *settings)
     assert "step 1/6" in printed
     assert "ETA" in printed
     return folder
@@ -101,6 +103,10 @@ def test_a_finished_run_has_losses_scores_pictures_and_a_checkpoint(run_id: str,
     assert wanted <= set(run.data.metrics)
     pictures = [item.path for item in client.list_artifacts(run_id, "pictures")]
     assert pictures == ["pictures/step-000003.png", "pictures/step-000006.png"]
+    profiles = [item.path for item in client.list_artifacts(run_id, "profiles")]
+    assert profiles == ["profiles/step-000003.json.gz", "profiles/step-000003.txt"]
+    trace = Path(client.download_artifacts(run_id, profiles[0])).read_bytes()
+    assert json.loads(gzip.decompress(trace))["traceEvents"]
     checkpoint = Path(run.data.tags["afa.best_checkpoint"])
     assert {path.name for path in checkpoint.iterdir()} >= {
         "model.safetensors", "config.json", "training_state.pt",
