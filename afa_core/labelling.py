@@ -29,7 +29,7 @@ from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_t
 from afa_core.config import LabelConfig
 from afa_core.crf import CrfConfig
 from afa_core.data.transforms import denormalise_to_unit, normalise
-from afa_core.packing import Packing
+from afa_core.packing import Packing, strongest
 from afa_core.picture_label import Opinions, PictureLabel, describe
 from afa_core.pseudo_label import (
     BackgroundScores,
@@ -278,7 +278,7 @@ def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) ->
 def _class_label(maps: Tensor, batch: _Batch, index: int) -> Tensor:
     """Packed maps [K + 1, h', w'] of one picture -> the class of the highest [h, w]."""
     inside = maps[:, : batch.size[0], : batch.size[1]]
-    return batch.cam.packing.part(slice(index, index + 1)).to_class(inside.argmax(0)[None])[0]
+    return batch.cam.packing.part(slice(index, index + 1)).to_class(strongest(inside[None]))[0]
 
 
 def _shares(maps: Tensor) -> Tensor:

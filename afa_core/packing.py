@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def strongest(maps: Tensor) -> Tensor:
+    """[B, K, ...] -> [B, ...] int64: the channel with the largest value, the first of equal ones.
+
+    ``argmax`` is the same and takes ten times as long on a CPU for a few channels of many pixels.
+    """
+    return maps.max(dim=1).indices
+
+
 @dataclass(frozen=True)
 class Packing:
     """Which class each packed channel of each picture is.

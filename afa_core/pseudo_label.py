@@ -30,7 +30,7 @@ from afa_core.cam import MultiScaleCam, ignore_outside, multi_scale_cam, resize
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
 from afa_core.config import CamConfig, ParConfig
 from afa_core.model import AFANet
-from afa_core.packing import Packing
+from afa_core.packing import Packing, strongest
 
 BackgroundScores = tuple[float, float]  # low, high
 
@@ -182,7 +182,7 @@ def _resize_runs(runs: Tensor, size: torch.Size) -> Tensor:
 
 
 def _to_refined_maps(runs: Tensor, packing: Packing, boxes: Tensor) -> RefinedMaps:
-    low, high = packing.to_class(runs[:, 0].argmax(1)), packing.to_class(runs[:, 1].argmax(1))
+    low, high = (packing.to_class(strongest(runs[:, index])) for index in (0, 1))
     return RefinedMaps(runs, packing, ignore_outside(low_high_to_label(low, high), boxes))
 
 

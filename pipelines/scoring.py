@@ -34,6 +34,7 @@ from afa_core.errors import InputError
 from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
+from afa_core.packing import strongest
 from afa_core.pseudo_label import make_pseudo_label, propagate_cam
 from pipelines.shard_store import load_shard_set, split_files
 
@@ -170,9 +171,9 @@ def _score_batch(
     labels = {
         "cam": cam_to_label(made.cam.cam, packing, threshold),
         "refined_cam": made.refined_cam.label,
-        "affinity_cam": affinity_cam.argmax(1),
+        "affinity_cam": strongest(affinity_cam),
         "refined_affinity": made.refined_affinity.label,
-        "segmentation": resize(output.seg_logits, size).argmax(1),
+        "segmentation": strongest(resize(output.seg_logits, size)),
     }
     inside = (..., slice(0, height), slice(0, width))
     labels = {stage: label[inside] for stage, label in labels.items()}

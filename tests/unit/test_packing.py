@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afa_core.packing import Packing
+from afa_core.packing import Packing, strongest
 
 
 @settings(max_examples=30, deadline=None)
@@ -28,9 +28,9 @@ def test_the_highest_packed_channel_is_the_highest_class(batch: int, classes: in
     generator = torch.Generator().manual_seed(seed)
     cls_label = (torch.rand(batch, classes, generator=generator) > 0.5).float()
     packing = Packing.of(cls_label)
-    foreground = packing.pack(torch.rand(batch, classes, 4, 4, generator=generator))
-    maps = torch.cat([torch.rand(batch, 1, 4, 4, generator=generator), foreground], dim=1)
-    assert torch.equal(packing.to_class(maps.argmax(1)), packing.unpack(maps).argmax(1))
+    every = torch.randint(1, 4, (batch, classes + 1, 4, 4), generator=generator).float()  # many equal ones
+    maps = torch.cat([every[:, :1], packing.pack(every[:, 1:])], dim=1)
+    assert torch.equal(packing.to_class(strongest(maps)), packing.unpack(maps).argmax(1))
 
 
 def test_all_classes_packed_are_the_maps_themselves() -> None:
