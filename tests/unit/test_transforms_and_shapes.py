@@ -70,16 +70,27 @@ def whole_then_cropped(image: Pixels, config: DataConfig, rng: np.random.Generat
     return crop, inside
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(32, 64), st.integers(0, 2**32 - 1))
-def test_a_crop_is_the_window_of_the_whole_rescaled_picture(height: int, width: int, crop_px: int, seed: int) -> None:
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(48, 64), st.integers(0, 2**32 - 1))
+def test_a_picture_that_fits_into_the_crop_is_the_rescaled_picture(
+    height: int, width: int, crop_px: int, seed: int
+) -> None:
     config, image = DataConfig(crop_px=crop_px, rescale=(0.2, 3.0)), sample(height, width, seed).image
     item = TrainTransform(config, SHAPES)(lambda _: sample(height, width, seed), np.random.default_rng(seed))
+    expected, _ = whole_then_cropped(image, config, np.random.default_rng(seed))
+    assert np.abs(item.image.numpy().astype(int) - expected).max() <= 2  # of noise, by another library
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 250), st.integers(1, 250), st.integers(32, 64), st.integers(0, 2**32 - 1))
+def test_a_crop_is_the_window_of_the_whole_rescaled_picture(height: int, width: int, crop_px: int, seed: int) -> None:
+    config = DataConfig(crop_px=crop_px, rescale=(0.2, 3.0))
+    rows, columns = np.mgrid[:height, :width]
+    image = np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)  # every pixel says where it lies
+    made = TrainTransform(config, SHAPES)(lambda _: Sample("key", image, ("disc",)), np.random.default_rng(seed))
     expected, inside = whole_then_cropped(image, config, np.random.default_rng(seed))
-    difference = np.abs(item.image.numpy().astype(int) - expected)
-    assert difference.max() <= 2  # two passes, each rounded to bytes
-    assert difference.mean() < 0.5  # of noise: a tenth of a pixel off makes several
-    y0, y1, x0, x1 = item.box.tolist()
+    assert np.abs(made.image.numpy().astype(int) - expected).max() <= 1  # half a pixel, rounded
+    y0, y1, x0, x1 = made.box.tolist()
     assert inside[y0:y1, x0:x1].all()
     assert inside.sum() == (y1 - y0) * (x1 - x0)
 
