@@ -140,6 +140,11 @@ class Hosts:
         self.start_ray(second)
         self.wait_for_nodes(2)
 
+    def status(self) -> str:
+        """What the cluster has and what waits for it, in Ray's words."""
+        answer = self._on_head(BIN / "ray", "status")
+        return answer.stdout + answer.stderr
+
     def _ask_head(self, code: str, *words: str) -> subprocess.CompletedProcess[str]:
         return self._on_head(BIN / "python", "-c", code, f"10.77.0.1:{PORT}", *words)
 
