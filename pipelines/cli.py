@@ -75,8 +75,9 @@ def guarded(run: Run, arguments: argparse.Namespace) -> int:
     """Run a stage; a mistake of the user becomes one line and status 2."""
     from afa_core.errors import InputError
     from infra.errors import ServiceError
-    from pipelines.errors import Terminated, UsageError
+    from pipelines.errors import Terminated, UsageError, heed_sigterm
 
+    heed_sigterm()
     try:
         return run(arguments)
     except KeyboardInterrupt as interrupt:

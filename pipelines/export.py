@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not exported.labels:
                 raise UsageError(f"{exported.words()}\nnone of the pictures can be had any more: nothing was exported")
             notes = exporter.close()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{arguments.output}.partial is unfinished; the same command starts anew") from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(f"{arguments.output}.partial is unfinished; the same command starts anew") from None
     print("\n".join([exported.words(), *unlabelled(run_uri), *notes, f"{arguments.format} {output}"]))
     return 0
 

@@ -8,6 +8,8 @@ import os
 import ray
 import ray.data
 
+from pipelines.errors import heed_sigterm
+
 
 def start_ray(*, show_workers: bool = True) -> None:
     """Connect to ``RAY_ADDRESS`` (set inside a submitted job) or start Ray on this machine; once per process.
@@ -22,6 +24,7 @@ def start_ray(*, show_workers: bool = True) -> None:
     # Without "local" Ray would look for a cluster that was once started here, and wait minutes for one that is gone.
     address = None if "RAY_ADDRESS" in os.environ else "local"
     ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
+    heed_sigterm()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print lines of their own
     logging.getLogger("ray.data").setLevel(logging.ERROR)

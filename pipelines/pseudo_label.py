@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             with last_words(f"error: ended by force, or by Ray: {GOES_ON}"):
                 label(arguments, job, source, output)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(GOES_ON) from None
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(GOES_ON) from None
         except RayError as error:
             if isinstance(error, RayTaskError):  # this program's own error, which is to be seen
                 raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from pipelines.checkpoints import CheckpointStore
 from pipelines.cli import causes, stage_main
 from pipelines.config import ExperimentConfig, TrainConfig, experiment_to_values, load_experiment
 from pipelines.driver_lease import DriverLease
-from pipelines.errors import Terminated, UsageError
+from pipelines.errors import UsageError
 from pipelines.label_sources import absolute_source
 from pipelines.local_ray import processor_share, start_ray
 from pipelines.patience import patiently
@@ -194,7 +193,6 @@ def finish(
         UsageError, InputError: the data are at fault.
         KeyboardInterrupt: Ctrl-C or SIGTERM, with words on how to go on.
     """
-    before = signal.signal(signal.SIGTERM, _terminated)  # Ray's own answer records nothing
     try:
         # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
         outcome = ThreadPoolExecutor(1).submit(train, settings, workers, experiment, name).result()
@@ -210,18 +208,12 @@ def finish(
         if not isinstance(error, Exception) or any(isinstance(cause, InputError) for cause in causes(error)):
             record_failure(logger, outcome["error"])
             raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
     record_failure(logger, outcome["error"])
     say_what_is_missing(outcome)
     if outcome["users"]:
         raise UsageError(outcome["error"])
     print(f"training failed: {outcome['error']}", file=sys.stderr)
     return 1
-
-
-def _terminated(*_: object) -> None:
-    raise Terminated
 
 
 def train(settings: WorkerSettings, workers: ScalingConfig, experiment: ExperimentConfig, name: str) -> dict[str, Any]:
