@@ -46,7 +46,7 @@ class Assumptions:
     parameters: float = measured(13.69e6, "mit_b1 with 20 classes; a gradient has 4 bytes for each")
     checkpoint_bytes_per_parameter: float = measured(12, "weights and AdamW's two moments, float32")
     checkpoint_write_bytes_per_s: float = measured(400e6, "rank 0 serialises into a local file; all wait")
-    job_start_s: float = measured(25, "start of a run's workers on an idle machine, and of their successors")
+    job_start_s: float = measured(18, "start of a run's workers, and of their successors")
     gpu_step_s: float = assumed(0.4, "forward, three-scale CAM, PAR, backward; the published log has 1.66 s in 2021")
     images_per_gpu_step: float = assumed(2, "crops of 512 pixels, as published")
     step_spread: float = assumed(0.03, "standard deviation of a step's time over workers, share of it")
