@@ -16,6 +16,7 @@ from ray_head import MLFLOW_PASSWORD, SHORT, TOKEN, Cluster
 from servers.s3 import SECRET_KEY
 
 from infra.object_store import list_objects, read_object, write_object
+from pipelines.checkpoints import CheckpointStore
 
 SECRETS = {
     "token": TOKEN.encode(),
@@ -33,9 +34,9 @@ def files_below(*folders: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def kill_driver(cluster: Cluster, until: str) -> None:
-    """Kill the job's driver as soon as there is a checkpoint; Ray ends its workers."""
+    """Kill the job's driver as soon as there is a whole checkpoint; Ray ends its workers."""
     deadline = time.monotonic() + 150
-    while not any(found.uri.endswith(".json") for found in list_objects(until)):
+    while not CheckpointStore(until).load_all():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     table = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout

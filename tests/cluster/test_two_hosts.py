@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -24,10 +23,10 @@ from shard_sets import write_shapes
 
 from infra import object_store
 from infra.object_store import list_objects, write_object
+from pipelines.checkpoints import CheckpointStore
 
 TOGETHER = "2 of 2 workers"
 STEPS = 300  # they must last while a host goes and comes back
-MARKER = re.compile(r"/step-\d+-\w+\.json$")
 VALUES = [
     "optim.warmup_steps=0", "loss.classification_steps=8", "loss.affinity_label_step=16",
     "data.crop_px=64", "data.loader_workers=0", "train.batch_size=2", "train.min_workers=1", "train.eval_samples=4",
@@ -92,7 +91,7 @@ def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, 
                           "--run-name", "elastic", *settings)  # fmt: skip
     process = hosts.hosts[0].start(command, hosts.environment, log)
     wait_until(lambda: TOGETHER in log.read_text(), process, log)
-    wait_until(lambda: any(map(MARKER.search, objects("s3://two/runs/elastic", ".json"))), process, log)
+    wait_until(lambda: bool(CheckpointStore("s3://two/runs/elastic/checkpoints").load_all()), process, log)
     once = log.read_text().count(TOGETHER)  # Ray shows some lines twice
     hosts.lose_second()
     wait_until(lambda: "1 of 2 workers" in log.read_text(), process, log)
