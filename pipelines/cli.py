@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -82,7 +83,11 @@ def guarded(run: Run, arguments: argparse.Namespace) -> int:
         return run(arguments)
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return 143 if isinstance(interrupt, Terminated) else 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: a thread that waits for Ray holds Python's own exit up, or finds Ray gone and ends the process with
+        # another status. Ray's processes end with their driver.
+        os._exit(143 if isinstance(interrupt, Terminated) else 130)
     except Exception as error:
         for cause in causes(error):
             if isinstance(cause, InputError | ServiceError | UsageError):

@@ -200,7 +200,6 @@ def finish(
             return record_success(settings, logger, experiment, outcome)
     except KeyboardInterrupt as interrupt:
         logger.finish("KILLED", {"afa.status": "interrupted"}, patience_s=0)  # there may be three seconds left
-        ray.shutdown()  # ends the workers, and with them the thread
         raise type(interrupt)(f"go on with --resume {name}") from None
     except BaseException as error:
         reason = next((cause for cause in causes(error) if not isinstance(cause, ray.train.TrainingFailedError)), error)
