@@ -115,9 +115,8 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
     resumed = first.start([*command, "--resume", "run"], hosts.environment, log)
     started = set(steps(runs / "run").values())
     # Not for ever: should Ray not have ended those that are stopped, their successors may need their processors.
-    deadline = time.monotonic() + 60
-    while set(steps(runs / "run").values()) == started and resumed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    with suppress(AssertionError):
+        wait_until(lambda: set(steps(runs / "run").values()) > started or resumed.poll() is not None, log, 60)
     for pid in orphans:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
