@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from waiting import wait_until
 
 
 def afa_command(*words: object) -> list[str]:
@@ -20,6 +21,11 @@ def afa(*words: object, status: int = 0) -> str:
     answer = subprocess.run(afa_command(*words), capture_output=True, text=True, check=False, timeout=280)
     assert answer.returncode == status, answer.stdout[-3000:] + answer.stderr[-5000:]
     return answer.stdout + answer.stderr
+
+
+def outcome(process: subprocess.Popen[str]) -> object:
+    """What a process printed that should not have ended."""
+    return "it is not yet so far" if process.poll() is None else process.communicate()
 
 
 @contextmanager
@@ -37,11 +43,7 @@ def afa_running(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
-        deadline = time.monotonic() + timeout_s
-        while not until():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "the command does not get so far"
-            time.sleep(0.05)
+        wait_until(until, process=process, timeout_s=timeout_s, words=lambda: outcome(process))
         try:
             yield process
         finally:

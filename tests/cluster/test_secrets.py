@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 from ray_head import MLFLOW_PASSWORD, SHORT, TOKEN, Cluster
 from servers.s3 import SECRET_KEY
+from waiting import wait_until
 
 from infra.object_store import list_objects, read_object, write_object
 from pipelines.checkpoints import CheckpointStore
@@ -35,10 +35,7 @@ def files_below(*folders: Path) -> Iterator[tuple[str, bytes]]:
 
 def kill_driver(cluster: Cluster, until: str) -> None:
     """Kill the job's driver as soon as there is a whole checkpoint; Ray ends its workers."""
-    deadline = time.monotonic() + 150
-    while not CheckpointStore(until).load_all():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(CheckpointStore(until).load_all)
     table = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
     drivers = [line.split()[0] for line in table.splitlines() if f"--run-name {cluster.folder.name}" in line]
     assert drivers

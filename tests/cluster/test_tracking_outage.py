@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 
 from mlflow import MlflowClient
 from ray_head import SHORT, Cluster, TrackingServer
+from waiting import wait_until
 
 from infra.history import HistorySender
 from infra.tracking import RunLogger, answer_soon, open_run
-
-
-def wait_until(done: Callable[[], bool], timeout_s: float = 150) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def logged(tracking_uri: str, run_id: str) -> list[int]:
@@ -77,7 +70,8 @@ def test_training_goes_on_while_mlflow_is_away_and_a_stopped_job_is_recorded(clu
     run_id = json.loads((runs / "run" / "afa_run.json").read_text())["run_id"]
     with cluster.tracking.away():
         away_from = newest()
-        wait_until(lambda: newest() >= away_from + 40, 100)  # a log call of 20 s every second step would take 400 s
+        # A log call of 20 s every second step would take 400 s.
+        wait_until(lambda: newest() >= away_from + 40, timeout_s=100)
     back = newest()
     wait_until(lambda: max(logged(cluster.tracking_uri, run_id)) >= back)
     printed = cluster.head.stop("stopped")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from processes import descendants
 from ray_head import plain_environment
 from servers.s3 import ACCESS_KEY, SECRET_KEY, s3_server
 from shard_sets import write_shapes
+from waiting import wait_until
 
 from infra import object_store
 from infra.object_store import list_objects, write_object
@@ -55,14 +55,6 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
     object_store._client.cache_clear()
 
 
-def wait_until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 150) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.1)
-
-
 def objects(prefix: str, suffix: str) -> list[str]:
     return [found.uri for found in list_objects(prefix) if found.uri.endswith(suffix)]
 
@@ -90,14 +82,14 @@ def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, 
     command = afa_command("train", "s3://two/shards", "--config", "shapes_cpu", "--storage", "s3://two/runs",
                           "--run-name", "elastic", *settings)  # fmt: skip
     process = hosts.hosts[0].start(command, hosts.environment, log)
-    wait_until(lambda: TOGETHER in log.read_text(), process, log)
-    wait_until(lambda: bool(CheckpointStore("s3://two/runs/elastic/checkpoints").load_all()), process, log)
+    wait_until(lambda: TOGETHER in log.read_text(), process, log.read_text)
+    wait_until(CheckpointStore("s3://two/runs/elastic/checkpoints").load_all, process, log.read_text)
     once = log.read_text().count(TOGETHER)  # Ray shows some lines twice
     hosts.lose_second()
-    wait_until(lambda: "1 of 2 workers" in log.read_text(), process, log)
+    wait_until(lambda: "1 of 2 workers" in log.read_text(), process, log.read_text)
     with lone_worker_stopped(hosts):  # the run would be over before the second host is back
         hosts.return_second()
-    wait_until(lambda: log.read_text().count(TOGETHER) >= 2 * once, process, log)
+    wait_until(lambda: log.read_text().count(TOGETHER) >= 2 * once, process, log.read_text)
     assert process.wait(300) == 0, log.read_text()[-4000:]
     printed = log.read_text()
     assert "goes on from step" in printed
@@ -116,7 +108,7 @@ def test_labelling_loses_a_host_and_nothing_else(hosts: Hosts, bundle: Path, tmp
     command = afa_command("label", "--model", bundle, "--input", "s3://two/pictures", "--output", "s3://two/labels",
                           "--unit-size", 4, "--workers", 2)  # fmt: skip
     process = hosts.hosts[0].start(command, hosts.environment, log)
-    wait_until(lambda: len(objects("s3://two/labels", ".done.json")) >= 4, process, log)
+    wait_until(lambda: len(objects("s3://two/labels", ".done.json")) >= 4, process, log.read_text)
     hosts.lose_second()
     hosts.return_second()
     assert process.wait(300) == 0, log.read_text()[-4000:]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import boto3
 import pytest
-from commands import afa, afa_running
+from commands import afa, afa_running, outcome
 from labelling import done_units, picture, rows_of, verified
 from processes import descendants, first_named
 from servers.fault_proxy import fault_proxy
+from waiting import wait_until
 
 from infra.object_store import delete_object, find_object, write_object
 
@@ -84,11 +85,8 @@ def test_kills_of_worker_and_driver_under_a_bad_server(bundle: Path, s3: str, mo
             worker = first_named(process.pid, "ray::MapWorker")
             assert worker is not None, descendants(process.pid)
             os.kill(worker, signal.SIGKILL)
-            begun_units, deadline = len(done_units(output)), time.monotonic() + 60
-            while len(done_units(output)) < begun_units + 2:
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline, "the other worker does not go on"
-                time.sleep(0.1)
+            begun_units = len(done_units(output))
+            wait_until(lambda: len(done_units(output)) >= begun_units + 2, process, lambda: outcome(process), 60)
             process.kill()
             _, error = process.communicate()
         assert "the same command goes on with what is missing" in error
