@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 import ray
 import ray.data
 
 from pipelines.errors import heed_sigterm
+from pipelines.ray_leftovers import free_leftovers
 
 
 def start_ray(*, show_workers: bool = True) -> None:
@@ -25,6 +27,8 @@ def start_ray(*, show_workers: bool = True) -> None:
     address = None if "RAY_ADDRESS" in os.environ else "local"
     ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
     heed_sigterm()
+    if address is None and (freed := free_leftovers()):
+        print(f"gave back what ended jobs had left reserved: {len(freed)} placement groups", file=sys.stderr)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print lines of their own
     logging.getLogger("ray.data").setLevel(logging.ERROR)

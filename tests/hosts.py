@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from ray_head import BIN, ROOT, session_members
+from servers.redis import RedisServer
+from waiting import wait_until
 
 BRIDGE = "afa-br0"
 BRIDGE_ADDRESS = "10.77.0.254"
@@ -85,7 +87,6 @@ class Hosts:
 
     Attributes:
         processors: of each host.
-        head_words, head_environment: what the head alone is told.
         apart: hosts do not see each other's processes. A head that starts would find those of its cluster otherwise.
     """
 
@@ -100,9 +101,25 @@ class Hosts:
             **environment, **IMPATIENT, "GLOO_SOCKET_IFNAME": "eth0", "RAY_AUTH_MODE": "token",
             "RAY_ADDRESS": f"10.77.0.1:{PORT}", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        self.head_words: list[str] = []
+        self.head_words: list[str] = []  # what the head alone is told
         self.head_environment: dict[str, str] = {}
         self.hosts = [Host(number) for number in (1, 2)]
+
+    def keep_state_in(self, redis: RedisServer) -> None:
+        """Where a head that is started anew finds what the one before knew."""
+        self.head_words, self.head_environment = redis.head_words, redis.head_environment
+
+    def restart_head(self) -> None:
+        """Start Ray on the first host once more, and wait for it.
+
+        Not by the number of nodes: for a while the dead head counts as one.
+        """
+        started = self._starts()
+        self.start_ray(self.hosts[0])
+        wait_until(lambda: self._starts() > started, words=lambda: (self.folder / "afa-h1.log").read_text()[-4000:])
+
+    def _starts(self) -> int:
+        return (self.folder / "afa-h1.log").read_text().count("Ray runtime started")
 
     def start_ray(self, host: Host) -> subprocess.Popen[bytes]:
         """The host's part in the cluster."""
@@ -145,8 +162,9 @@ class Hosts:
         answer = self._on_head(BIN / "ray", "status")
         return answer.stdout + answer.stderr
 
-    def _ask_head(self, code: str, *words: str) -> subprocess.CompletedProcess[str]:
-        return self._on_head(BIN / "python", "-c", code, f"10.77.0.1:{PORT}", *words)
+    def ask_head(self, code: str) -> subprocess.CompletedProcess[str]:
+        """What Python code prints on the head."""
+        return self._on_head(BIN / "python", "-c", code, f"10.77.0.1:{PORT}")
 
     def _on_head(self, *command: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -158,7 +176,7 @@ class Hosts:
         """Until so many are alive."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            answer = self._ask_head(COUNT_NODES)
+            answer = self.ask_head(COUNT_NODES)
             if answer.stdout.strip() == str(number):
                 return
             time.sleep(1)

@@ -7,11 +7,8 @@ workers of before are still there: they were stopped in the middle and wake up b
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,10 +18,10 @@ from hosts import BRIDGE_ADDRESS, Hosts, two_hosts
 from mlflow import MlflowClient
 from processes import descendants
 from ray_head import plain_environment
-from servers.s3 import free_port
+from servers.redis import redis_server
 from shard_sets import write_shapes
+from waiting import wait_until
 
-PASSWORD = "password-of-the-redis"
 WORKER = "ray::RayTrainWorker"
 VALUES = [
     "optim.total_steps=60", "optim.warmup_steps=0", "loss.classification_steps=40", "loss.affinity_label_step=50",
@@ -34,35 +31,16 @@ VALUES = [
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[str]:
-    """Address of a Redis server that wants a password and outlives heads."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("the head's restart was not tried: no redis-server (apt-get install redis-server)")
-    address, port = BRIDGE_ADDRESS, str(free_port())
-    command = ["redis-server", "--bind", address, "--port", port, "--requirepass", PASSWORD, "--save", "",
-               "--appendonly", "no", "--dir", str(tmp_path)]  # fmt: skip
-    with (tmp_path / "redis.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        yield f"{address}:{port}"
-        process.terminate()
-
-
-@pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     environment = {
         **plain_environment(tmp_path), "RAY_AUTH_TOKEN": "token-of-the-restarted",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
     }  # fmt: skip
-    with two_hosts(tmp_path, environment) as made:
+    with two_hosts(tmp_path, environment) as made, redis_server(tmp_path, BRIDGE_ADDRESS) as redis:
+        made.keep_state_in(redis)
         made.processors, made.apart = (0, 2), True
         made.environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"  # no machine is lost that workers wait for
         yield made
-
-
-def wait_until(done: Callable[[], bool], log: Path, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.05)
 
 
 def steps(run: Path) -> dict[int, str]:
@@ -76,11 +54,7 @@ def weights(run: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been(
-    hosts: Hosts, redis: str, tmp_path: Path
-) -> None:
-    hosts.head_words = [f"--redis-password={PASSWORD}"]
-    hosts.head_environment = {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "afa"}
+def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been(hosts: Hosts, tmp_path: Path) -> None:
     shards, log, runs = tmp_path / "shards", tmp_path / "train.log", tmp_path / "runs"
     write_shapes(shards, train=30, val=4, size_px=64, samples_per_shard=7)
     settings = [word for value in VALUES for word in ("--set", value)]
@@ -94,7 +68,7 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
     undisturbed = first.start([*command, "--run-name", "undisturbed"], hosts.environment, log)
     assert undisturbed.wait(250) == 0, log.read_text()[-4000:]
     driver = first.start([*command, "--run-name", "run"], hosts.environment, log)
-    wait_until(lambda: bool(steps(runs / "run")), log)
+    wait_until(lambda: steps(runs / "run"), driver, log.read_text)
     orphans = [pid for pid, words in descendants(other.pid).items() if WORKER in words]
     for pid in orphans:
         os.kill(pid, signal.SIGSTOP)
@@ -106,23 +80,19 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
     for pid in set(descendants(driver.pid)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    hosts.start_ray(first)
-    # Not by the number of nodes: for a while the dead head counts as one.
-    wait_until(lambda: (tmp_path / "afa-h1.log").read_text().count("Ray runtime started") == 2, log)
+    hosts.restart_head()
     hosts.wait_for_nodes(2)
     assert other.poll() is None  # no new node: the one that was there
 
     resumed = first.start([*command, "--resume", "run"], hosts.environment, log)
     started = set(steps(runs / "run").values())
-    # Not for ever: should Ray not have ended those that are stopped, their successors may need their processors.
-    with suppress(AssertionError):
-        wait_until(lambda: set(steps(runs / "run").values()) > started or resumed.poll() is not None, log, 60)
-    for pid in orphans:
+    wait_until(
+        lambda: set(steps(runs / "run").values()) > started, resumed, lambda: log.read_text()[-4000:] + hosts.status()
+    )
+    for pid in orphans:  # wake up those that Ray has not ended
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    with suppress(subprocess.TimeoutExpired):
-        resumed.wait(200)
-    assert resumed.returncode == 0, f"{log.read_text()[-4000:]}\n{hosts.status()}"
+    assert resumed.wait(200) == 0, log.read_text()[-4000:]
     assert "goes on from step" in log.read_text()
     assert weights(runs / "run") == weights(runs / "undisturbed")
     assert len(set(steps(runs / "run").values()) - started) == 1
