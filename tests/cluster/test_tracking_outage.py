@@ -66,15 +66,17 @@ def test_training_goes_on_while_mlflow_is_away_and_a_stopped_job_is_recorded(clu
         names = [path.name for path in (runs / "run").glob("checkpoints/step-*.json")]
         return max((int(name.split("-")[1]) for name in names), default=0)
 
-    wait_until(lambda: newest() > 0)
-    run_id = json.loads((runs / "run" / "afa_run.json").read_text())["run_id"]
-    with cluster.tracking.away():
-        away_from = newest()
-        # A log call of 20 s every second step would take 400 s.
-        wait_until(lambda: newest() >= away_from + 40, timeout_s=100)
-    back = newest()
-    wait_until(lambda: max(logged(cluster.tracking_uri, run_id)) >= back)
-    printed = cluster.head.stop("stopped")
+    try:
+        wait_until(lambda: newest() > 0)
+        run_id = json.loads((runs / "run" / "afa_run.json").read_text())["run_id"]
+        with cluster.tracking.away():
+            away_from = newest()
+            # A log call of 20 s every second step would take 400 s, and on a busy machine more.
+            wait_until(lambda: newest() >= away_from + 40, timeout_s=300)
+        back = newest()
+        wait_until(lambda: max(logged(cluster.tracking_uri, run_id)) >= back)
+    finally:
+        printed = cluster.head.stop("stopped")
     assert "interrupted: go on with --resume run" in printed
     run = MlflowClient(cluster.tracking_uri).get_run(run_id)
     assert run.info.status == "KILLED"
