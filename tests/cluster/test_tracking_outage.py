@@ -74,7 +74,7 @@ def test_training_goes_on_while_mlflow_is_away_and_a_stopped_job_is_recorded(clu
             # A log call of 20 s every second step would take 400 s, and on a busy machine more.
             wait_until(lambda: newest() >= away_from + 40, timeout_s=300)
         back = newest()
-        wait_until(lambda: max(logged(cluster.tracking_uri, run_id)) >= back)
+        wait_until(lambda: max(logged(cluster.tracking_uri, run_id), default=0) >= back)
     finally:
         printed = cluster.head.stop("stopped")
     assert "interrupted: go on with --resume run" in printed
