@@ -43,7 +43,7 @@ def leftovers() -> list[str]:
     groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], detail=True, timeout=ANSWER_S)
     if not groups:
         return []
-    ended = {job.job_id for job in list_jobs(detail=True, timeout=ANSWER_S) if job.status in ENDED}
+    ended = {job.job_id for job in list_jobs(timeout=ANSWER_S) if job.status in ENDED}
     return [
         group.placement_group_id for group in groups
         if not group.is_detached and group.creator_job_id in ended and not _has_actors(group.creator_job_id)

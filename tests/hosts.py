@@ -22,6 +22,7 @@ from waiting import wait_until
 BRIDGE = "afa-br0"
 BRIDGE_ADDRESS = "10.77.0.254"
 PORT = 6399
+STARTED = "Ray runtime started"  # what ``ray start`` prints
 # A host that is cut off is declared dead within seconds, not within a minute.
 IMPATIENT = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -87,6 +88,7 @@ class Hosts:
 
     Attributes:
         processors: of each host.
+        head_words, head_environment: what the head alone is told.
         apart: hosts do not see each other's processes. A head that starts would find those of its cluster otherwise.
     """
 
@@ -101,7 +103,7 @@ class Hosts:
             **environment, **IMPATIENT, "GLOO_SOCKET_IFNAME": "eth0", "RAY_AUTH_MODE": "token",
             "RAY_ADDRESS": f"10.77.0.1:{PORT}", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        self.head_words: list[str] = []  # what the head alone is told
+        self.head_words: list[str] = []
         self.head_environment: dict[str, str] = {}
         self.hosts = [Host(number) for number in (1, 2)]
 
@@ -114,12 +116,10 @@ class Hosts:
 
         Not by the number of nodes: for a while the dead head counts as one.
         """
-        started = self._starts()
-        self.start_ray(self.hosts[0])
-        wait_until(lambda: self._starts() > started, words=lambda: (self.folder / "afa-h1.log").read_text()[-4000:])
-
-    def _starts(self) -> int:
-        return (self.folder / "afa-h1.log").read_text().count("Ray runtime started")
+        log = self.folder / f"{self.hosts[0].name}.log"
+        started = log.read_text().count(STARTED)
+        process = self.start_ray(self.hosts[0])
+        wait_until(lambda: log.read_text().count(STARTED) > started, process, log.read_text, 120)
 
     def start_ray(self, host: Host) -> subprocess.Popen[bytes]:
         """The host's part in the cluster."""

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from processes import descendants
 from servers.s3 import free_port
+from waiting import wait_until
 
 # What must be found in no file afterwards.
 TOKEN = "planted-token-of-the-cluster-0123456789"
@@ -173,7 +173,7 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
     with (home / "ray-start.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
     try:
-        _wait_for(url, process, home / "ray-start.log")
+        wait_until(lambda: _answers(url), process, (home / "ray-start.log").read_text, 90)
         addresses = (url, f"http://127.0.0.1:{agent}", f"ray://127.0.0.1:{client}")
         yield RayHead(*addresses, temp, {**environment, "RAY_ADDRESS": url})
     finally:
@@ -185,20 +185,14 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
-            return
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):  # it answers, and wants the token
-                return
-        except OSError:
-            pass
-        time.sleep(0.3)
-    raise TimeoutError(log.read_text())
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)  # it wants the token
+    except OSError:
+        return False
+    return True
 
 
 def session_members(leader: int) -> list[int]:

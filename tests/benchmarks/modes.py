@@ -20,17 +20,17 @@ from commands import afa
 from PIL import Image
 from scipy.stats import spearmanr
 
-from afa_core.classes import SHAPES
+from afa_core.classes import IGNORE_INDEX, SHAPES
 from afa_core.metrics import ConfusionMatrix
 from pipelines.demo import MODEL, read_label_set
 
-IGNORED = 255
 MODES: list[list[object]] = [
     [],
     ["--background-score", 0.25],
     ["--refine", "none"],
     ["--refine", "par"],
     ["--refine", "affinity"],
+    ["--crf"],
     ["--profile", "fast"],
     ["--profile", "best"],
     ["--head", "segmentation"],
@@ -45,7 +45,7 @@ def scores(labels: Path, truth: Path) -> dict[str, Any]:
     for key, (label, facts) in read_label_set(labels).items():
         true = np.asarray(Image.open(truth / f"{key}.png"))
         matrix.update(torch.tensor(true), torch.tensor(label))
-        decided = label != IGNORED
+        decided = label != IGNORE_INDEX
         uncertainty.append(facts["uncertainty"])
         wrong.append(float(np.mean((label != true)[decided])) if decided.any() else 1.0)
         ignored.append(float(np.mean(~decided)))

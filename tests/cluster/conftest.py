@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from processes import descendants
 from ray_head import BIN, MLFLOW_PASSWORD, TOKEN, Cluster, TrackingServer, plain_environment, ray_head
 from servers.s3 import ACCESS_KEY, SECRET_KEY, free_port
 from shard_sets import write_shapes
+from waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +29,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=plain_environment(folder))
     try:
-        deadline = time.monotonic() + 120
-        while not _answers(f"http://{address}/health"):
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.3)
+        wait_until(lambda: _answers(f"http://{address}/health"), process, (folder / "server.log").read_text, 120)
         yield TrackingServer(address, folder, process.pid)
     finally:
         for pid in (*descendants(process.pid), process.pid):  # asked politely it waits for open connections

@@ -68,7 +68,7 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
     undisturbed = first.start([*command, "--run-name", "undisturbed"], hosts.environment, log)
     assert undisturbed.wait(250) == 0, log.read_text()[-4000:]
     driver = first.start([*command, "--run-name", "run"], hosts.environment, log)
-    wait_until(lambda: steps(runs / "run"), driver, log.read_text)
+    wait_until(lambda: steps(runs / "run"), driver, log.read_text, 120)
     orphans = [pid for pid, words in descendants(other.pid).items() if WORKER in words]
     for pid in orphans:
         os.kill(pid, signal.SIGSTOP)
@@ -87,7 +87,7 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
     resumed = first.start([*command, "--resume", "run"], hosts.environment, log)
     started = set(steps(runs / "run").values())
     wait_until(
-        lambda: set(steps(runs / "run").values()) > started, resumed, lambda: log.read_text()[-4000:] + hosts.status()
+        lambda: set(steps(runs / "run").values()) > started, resumed, lambda: log.read_text() + hosts.status(), 120
     )
     for pid in orphans:  # wake up those that Ray has not ended
         with suppress(ProcessLookupError):

@@ -71,8 +71,8 @@ def test_training_goes_on_while_mlflow_is_away_and_a_stopped_job_is_recorded(clu
         run_id = json.loads((runs / "run" / "afa_run.json").read_text())["run_id"]
         with cluster.tracking.away():
             away_from = newest()
-            # A log call of 20 s every second step would take 400 s, and on a busy machine more.
-            wait_until(lambda: newest() >= away_from + 40, timeout_s=300)
+            # A log call of 20 s every second step would take 400 s.
+            wait_until(lambda: newest() >= away_from + 40, timeout_s=100)
         back = newest()
         wait_until(lambda: max(logged(cluster.tracking_uri, run_id), default=0) >= back)
     finally:

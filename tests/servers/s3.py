@@ -7,12 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from waiting import wait_until
 
 ACCESS_KEY, SECRET_KEY = "afa-tests", "afa-tests-secret"
 
@@ -39,20 +40,17 @@ def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
                "--cache-dir", f"{folder}/cache", "--cache-size", "64"]  # fmt: skip
     with subprocess.Popen(command, env=environment, **quiet) as process:  # type: ignore[call-overload]
         try:
-            _wait_until_ready(f"http://{address}/minio/health/live")
+            wait_until(lambda: _answers(f"http://{address}/minio/health/live"), process, timeout_s=60)
             yield f"http://{address}"
         finally:
             process.terminate()
 
 
-def _wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except urllib.error.HTTPError:
-            return  # it answers
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"no answer from {url}")
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
