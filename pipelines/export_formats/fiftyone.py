@@ -1,7 +1,7 @@
 """A folder that FiftyOne imports as ``fo.types.FiftyOneDataset``, and any reader of plain files understands.
 
     data/KEY.EXTENSION                 the pictures
-    fields/pseudo_label/KEY.png        the masks, byte for byte
+    fields/pseudo_label/KEY.png        the masks, grey: FiftyOne takes the colours of a palette for values
     samples.json                       a sample for each picture: paths, tags, and what the label knows of its doubts
     metadata.json                      class list and mask targets
 
@@ -12,9 +12,13 @@ database and bound to a version. Mask targets name every label value: FiftyOne d
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
+from PIL import Image
+
+from afa_core.data.sample import decode_seg_label
 from pipelines.export_formats.exporter import ExportJob, class_confidence
 from pipelines.export_formats.json_list import JsonList
 from pipelines.export_formats.names import nested_name
@@ -38,7 +42,7 @@ class FiftyOneExporter:
         name = nested_name(label.row["key"])
         picture_path, mask_path = f"data/{name}.{extension}", f"fields/{FIELD}/{name}.png"
         write_picture(self.job.folder / picture_path, picture)
-        write_picture(self.job.folder / mask_path, label.mask_png)
+        write_picture(self.job.folder / mask_path, _grey_png(label, self.job.max_megapixels))
         self._samples.append(self._sample(label, picture_path, mask_path))
 
     def close(self) -> list[str]:
@@ -71,3 +75,9 @@ class FiftyOneExporter:
             "source": row["uri"],
             **{name: row[name] for name in DOUBTS},
         }
+
+
+def _grey_png(label: LabelledPicture, max_megapixels: float) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(decode_seg_label(label.mask_png, max_megapixels)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import venv
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from pipelines.cli import main
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
+READERS = Path(__file__).parents[1] / "readers"
 Masks = dict[str, np.ndarray]
 
 
@@ -93,6 +97,29 @@ def masks(store: Path) -> Masks:
 
 def export(store: Path, output: Path, *words: object, status: int = 0) -> None:
     assert main([str(word) for word in ("export", store / "labels", "--output", output, *words)]) == status
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment with other people's readers, whose requirements are not this project's."""
+    folder = tmp_path_factory.mktemp("readers")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    command = [python, "-m", "pip", "install", "--quiet", "-r", READERS / "requirements.txt"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        pytest.skip(f"exports were not read with datumaro and FiftyOne, which did not install: {answer.stderr[-500:]}")
+    return python
+
+
+def read_by(python: Path, script: str, folder: Path, output: Path) -> tuple[Masks, Any]:
+    """Masks by name as another library reads them, and the names of their values."""
+    command = [python, READERS / script, folder, output]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    facts = json.loads(output.with_suffix(".json").read_text())
+    with np.load(output) as arrays:
+        return {key: arrays[str(number)] for number, key in enumerate(facts["keys"])}, facts["names"]
 
 
 def plain_size(path: Path | io.BytesIO) -> tuple[int, int]:
@@ -185,6 +212,25 @@ def test_cvat_archive_by_its_colours(store: Path, masks: Masks, tmp_path: Path) 
         assert sorted(again) == sorted(mask.tobytes() for mask in masks.values())
 
 
+def test_cvat_archive_through_datumaro(store: Path, masks: Masks, readers: Path, tmp_path: Path) -> None:
+    export(store, tmp_path / "cvat", "--format", "cvat")
+    found, names = read_by(readers, "read_cvat.py", tmp_path / "cvat", tmp_path / "found.npz")
+    assert names == ["background", *SHAPES, "ignored"]
+    values = np.array([*range(len(SHAPES) + 1), 255], np.uint8)
+    assert {unquote(name): values[mask].tobytes() for name, mask in found.items()} == as_bytes(masks)
+
+
+def test_fiftyone_samples_through_its_own_library(store: Path, masks: Masks, readers: Path, tmp_path: Path) -> None:
+    export(store, tmp_path / "fiftyone", "--format", "fiftyone")
+    found, targets = read_by(readers, "read_fiftyone.py", tmp_path / "fiftyone", tmp_path / "found.npz")
+    assert targets == {"0": "background", **{str(i): name for i, name in enumerate(SHAPES, 1)}, "255": "ignored"}
+    assert as_bytes(found) == as_bytes(masks)
+
+
+def as_bytes(masks: Masks) -> dict[str, bytes]:
+    return {key: mask.tobytes() for key, mask in masks.items()}
+
+
 def test_fiftyone_layout(store: Path, masks: Masks, tmp_path: Path) -> None:
     folder = tmp_path / "fiftyone"
     export(store, folder, "--format", "fiftyone")
@@ -211,7 +257,7 @@ def test_shards_train_a_supervised_model(store: Path, masks: Masks, tmp_path: Pa
             assert sample.seg_label is not None
             assert sample.image.shape[:2] == sample.seg_label.shape  # EXIF is known here
             seen[sample.key] = sample.seg_label
-    assert {key: mask.tobytes() for key, mask in seen.items()} == {key: mask.tobytes() for key, mask in masks.items()}
+    assert as_bytes(seen) == as_bytes(masks)
 
 
 @pytest.mark.parametrize(("words", "said"), [
