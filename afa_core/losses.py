@@ -13,11 +13,11 @@ Shapes: B images, F foreground classes, C = F + 1, N tokens.
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from afa_core.cam import resize
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
@@ -51,21 +51,36 @@ def segmentation_loss(seg_logits: Tensor, label: Tensor) -> Tensor:
         seg_logits: [B, C, h, w], resized to the label.
         label: [B, H, W] int64, 255 ignored. A side without pixels contributes 0.
 
-    Logits at the label's size are large (C floats a pixel) and cheap: a picture's are made when they are needed, and
-    once more for the gradient.
+    Logits at the label's size are large (C floats a pixel) and cheap: they live for one picture at a time, for the loss
+    and its gradient at once.
     """
-    sums = [
-        checkpoint(_entropy_sums, logits[None], target[None], use_reentrant=False, preserve_rng_state=False)
-        for logits, target in zip(seg_logits, label, strict=True)
-    ]
-    counts = torch.stack([side.sum() for side in _sides(label)])
-    return 0.5 * (torch.stack(sums).sum(0) / counts.clamp(min=1)).sum()
+    background, foreground = _sides(label)
+    weight = background / background.sum().clamp(min=1) + foreground / foreground.sum().clamp(min=1)
+    return _WeightedEntropy.apply(seg_logits, label, 0.5 * weight)
 
 
-def _entropy_sums(seg_logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy summed over background and over foreground pixels, [2]."""
-    entropy = F.cross_entropy(resize(seg_logits, label.shape[1:]), label, ignore_index=IGNORE_INDEX, reduction="none")
-    return torch.stack([(entropy * side).sum() for side in _sides(label)])
+class _WeightedEntropy(torch.autograd.Function):
+    """Cross-entropy of resized logits, weighted pixel by pixel and summed; its gradient is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, seg_logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        total, gradients = seg_logits.new_zeros(()), []
+        # Resizing of channels that lie apart gives a result that lies apart, which the loss would copy.
+        for logits, target, share in zip(seg_logits.split(1), label.split(1), weight.split(1), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                small = logits.detach().contiguous().requires_grad_(ctx.needs_input_grad[0])
+                large = resize(small, label.shape[1:])
+                entropy = F.cross_entropy(large, target, ignore_index=IGNORE_INDEX, reduction="none")
+                loss = (entropy * share).sum()
+            total += loss.detach()
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(loss, small)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * torch.cat(ctx.saved_tensors), None, None
 
 
 def _sides(label: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afa_core.backbone import build_backbone
+from afa_core.backbone import build_backbone, kernels
 from afa_core.backbone.features import Backbone, BackboneOutput
 from afa_core.config import ModelConfig
 from afa_core.decoder import SegFormerDecoder
@@ -77,7 +77,7 @@ class AffinityHead(nn.Module):
         with torch.autocast(self.bias.device.type, enabled=False):
             query = torch.cat(list(queries), dim=1).float() * self.head_weight[:, None, None]
             key = torch.cat(list(keys), dim=1).float()
-            merged = query.transpose(1, 2).flatten(2) @ key.transpose(2, 3).flatten(1, 2)
+            merged = kernels.similarity(query.transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2))
             return torch.sigmoid(merged + merged.transpose(1, 2) + self.bias)
 
 

@@ -41,8 +41,15 @@ def passes_alone(image: Tensor, device: torch.device) -> bool:
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, *, fast: bool) -> Tensor:
     """x W^T + b: [..., c] with weights [k, c] -> [..., k]."""
     if takes_onednn(tokens, fast=fast):
-        return _OneDnnLinear.apply(tokens, weight, bias)
+        return _OneDnnLinear.apply(tokens, weight, bias) if torch.is_grad_enabled() else _product(tokens, weight, bias)
     return F.linear(tokens, weight, bias)
+
+
+def similarity(query: Tensor, key: Tensor) -> Tensor:
+    """Q K^T of [B, N, d] and [B, M, d] -> [B, N, M]."""
+    if takes_onednn(query, fast=True):
+        return torch.stack([linear(rows, columns, None, fast=True) for rows, columns in zip(query, key, strict=True)])
+    return query @ key.transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, fast: bool) -> Tensor:
@@ -60,11 +67,10 @@ def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     rows = max(1, PIECE_LOGITS // key.shape[2])
     for index in range(batch):
         for head in range(heads):
-            keys = key[index, head].contiguous()
+            keys = key[index, head] * channels**-0.5  # of which there are fewer than queries
             values = value[index, head].t().contiguous()
-            scaled = query[index, head] * channels**-0.5
             for start in range(0, length, rows):
-                share = _product(scaled[start : start + rows], keys, None).softmax(dim=1)
+                share = _product(query[index, head, start : start + rows], keys, None).softmax(dim=1)
                 attended[index, head, start : start + rows] = _product(share, values, None)
     return attended
 

@@ -17,6 +17,7 @@ Shapes: B images, N = h * w tokens, c channels of a stage, n heads of d = c / n 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ from afa_core.backbone.stochastic_depth import StochasticDepth
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
 EXPANSION = 4
-# Hidden activations of a strip of the feed-forward network: 2 MiB stay in the cache.
-STRIP_ACTIVATIONS = 2**19
+# Hidden activations of a strip of the feed-forward network: 4 MiB stay in the cache.
+STRIP_ACTIVATIONS = 2**20
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,14 @@ class MixFeedForward(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int], *, fast: bool) -> Tensor:
         """[B, N, c] -> [B, N, c]."""
         if kernels.takes_onednn(tokens, fast=fast):
-            return torch.cat([self._in_strips(image, grid) for image in tokens.unflatten(1, grid).split(1)])
+            strips = [strip for image in tokens.unflatten(1, grid).split(1) for strip in self._strips(image)]
+            return torch.cat(strips).view_as(tokens)
         return self._mix(tokens.unflatten(1, grid), 0, 0, fast).flatten(1, 2)
 
-    def _in_strips(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """One image [1, h, w, c] some rows at a time, each with a row more above and below for the convolution."""
-        height, width = grid
+    def _strips(self, image: Tensor) -> Iterator[Tensor]:
+        """One image [1, h, w, c] some rows at a time, [r * w, c], each made with a row more above and below."""
+        height, width = image.shape[1:3]
         rows = max(1, STRIP_ACTIVATIONS // (width * self.expand.out_features))
-        strips = []
         for first in range(0, height, rows):
             last = min(first + rows, height)
             above, below = min(first, 1), min(height - last, 1)
@@ -133,8 +134,7 @@ class MixFeedForward(nn.Module):
                 mixed = checkpoint(self._mix, strip, above, below, True, use_reentrant=False, preserve_rng_state=False)
             else:
                 mixed = self._mix(strip, above, below, True)
-            strips.append(mixed)
-        return torch.cat(strips, dim=1).flatten(1, 2)
+            yield mixed.flatten(0, 2)
 
     def _mix(self, rows: Tensor, above: int, below: int, fast: bool) -> Tensor:
         """[B, r, w, c] without so many rows above and below, which only the convolution looks at."""

@@ -65,7 +65,8 @@ def decode(model: AFANet, features: Sequence[Tensor]) -> Tensor:
     size = features[0].shape[2:]
     projected = [resize(project(part), size) for project, part in zip(decoder.projections, features, strict=True)]
     fused = decoder.fusion(torch.cat(projected[::-1], dim=1))
-    return cast(Tensor, decoder.classifier(decoder.dropout(F.relu(decoder.norm(fused)))))
+    hidden = F.dropout2d(F.relu(decoder.norm(fused)), decoder.dropout.p, decoder.training)
+    return cast(Tensor, decoder.classifier(hidden))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from afa_core.losses import Phase, affinity_loss, phase_at, segmentation_loss
 from afa_core.model import AFANet
 from afa_core.optim import apply_schedule, build_optimizer, lr_factor, parameter_groups
 from afa_core.step import Batch, NonFiniteLossError, check_finite, training_step
+from pipelines.benchmarks import plain_form
 
 PHASES = LossConfig(classification_steps=2, affinity_label_step=4)
 PAR = ParConfig(dilations=(1, 2), iterations=2)
@@ -98,6 +99,25 @@ def test_total_is_the_weighted_sum() -> None:
     assert float(result.loss.detach()) == pytest.approx(
         terms["cls"] + 0.1 * terms["seg"] + 0.1 * terms["aff"], rel=1e-5
     )
+
+
+def test_a_step_that_trains_is_its_plain_form() -> None:
+    """With dropout and stochastic depth: the loss and every gradient (golden cases are in evaluation mode)."""
+    torch.manual_seed(0)
+    model = AFANet(ModelConfig(backbone="mit_tiny", decoder_dropout=0.5, drop_path_rate=0.3), 3).train()
+    results = []
+    for plain in (True, False):
+        model.zero_grad()
+        torch.manual_seed(1)
+        configs = CamConfig(), PAR, PHASES
+        if plain:
+            loss = plain_form.training_loss(model, batch(), *configs)
+        else:
+            loss = training_step(model, batch(), 4, *configs).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for expected, here in zip(*results, strict=True):
+        torch.testing.assert_close(here, expected, atol=1e-5, rtol=1e-3)
 
 
 def test_a_non_finite_term_is_named_with_its_step() -> None:
