@@ -67,8 +67,8 @@ def propagate(
     Returns:
         [B, K, h, w].
     """
-    weights = affinity.masked_fill(~window_mask(grid, radius).to(affinity.device), 0).pow(power)
-    transition = weights / (weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
+    weights = affinity.masked_fill(~window_mask(grid, radius).to(affinity.device), 0).pow_(power)
+    transition = weights.div_(weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
     walked = maps.flatten(2)
     with torch.autocast(maps.device.type, enabled=False):  # in 32 bit always
         for _ in range(iterations):

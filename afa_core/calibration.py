@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afa_core.cam import resize
 from afa_core.checkpoint import Bundle
 from afa_core.config import LabelConfig
+from afa_core.data.transforms import resized
 from afa_core.labelling import WorkingPicture, found_tags, label_at_scores, to_full_size
 from afa_core.metrics import ConfusionMatrix
 
@@ -75,8 +75,8 @@ def observe(
     """Count one picture's labels at every score, against the segmentation head and against a smaller view."""
     labels, segmentation = label_at_scores(bundle, picture, tags, config, SCORES)
     height, width = labels[0].shape
-    smaller = [max(1, round(side * VIEW_SCALE)) for side in (height, width)]
-    view = WorkingPicture(resize(picture.image[None], smaller)[0], (height, width))
+    smaller = max(1, round(height * VIEW_SCALE)), max(1, round(width * VIEW_SCALE))
+    view = WorkingPicture(resized(picture.image, smaller), (height, width))
     # The same classes in both: a tag that one view predicts and the other does not says nothing about the score.
     names = tags if tags is not None else found_tags(bundle, picture, config)
     view_labels, _ = label_at_scores(bundle, view, names, dataclasses.replace(config, tags="auto"), SCORES)

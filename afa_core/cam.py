@@ -94,7 +94,7 @@ def multi_scale_cam(
     """
     batch = len(image)
     packing = packing or Packing.of_all(batch, model.num_foreground, image.device)
-    together = 1 if kernels.passes_alone(image, image.device) else batch
+    together = 1 if kernels.passes_alone(image.shape[2:], image.device) else batch
     groups = [slice(start, start + together) for start in range(0, batch, together)]
     with evaluation_mode(model):
         parts = [

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from afa_core import crf
@@ -28,7 +27,7 @@ from afa_core.checkpoint import Bundle
 from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
 from afa_core.config import LabelConfig
 from afa_core.crf import CrfConfig
-from afa_core.data.transforms import denormalise_to_unit, normalise
+from afa_core.data.transforms import denormalise_to_unit, resized, to_network_input, to_pixels
 from afa_core.packing import Packing, strongest
 from afa_core.picture_label import Opinions, PictureLabel, describe
 from afa_core.pseudo_label import (
@@ -44,9 +43,6 @@ from afa_core.segmentation import multi_scale_segmentation
 # The finest grid must not be smaller than the reduction of the first stage's attention: 8 tokens of 4 pixels.
 SMALLEST_SIDE_PX = 32
 
-# Pictures so many times the working size are averaged over blocks before they become floats.
-BLOCK_ABOVE = 4
-
 Pixels = NDArray[np.uint8]
 
 
@@ -55,7 +51,7 @@ class WorkingPicture:
     """A picture at the size it is labelled at; its full-size pixels are given up.
 
     Attributes:
-        image: normalised float32 [3, h, w].
+        image: uint8 [h, w, 3], to be normalised on the device.
         full_size: H, W of the picture, which its label will have.
     """
 
@@ -64,23 +60,15 @@ class WorkingPicture:
 
 
 def to_working_picture(pixels: Pixels, max_side_px: int, full_size: tuple[int, int] | None = None) -> WorkingPicture:
-    """Shrink uint8 [H, W, 3] so that its long side is at most ``max_side_px``.
-
-    Far larger ones are first averaged over whole blocks of pixels, as bytes: as floats they would need gigabytes.
+    """Shrink uint8 [H, W, 3] so that its long side is at most ``max_side_px``, as bytes all the way.
 
     Args:
         pixels: of the picture; fewer than it has, if it was decoded at a smaller size.
         max_side_px: see ``LabelConfig``.
         full_size: H, W of the picture, which its label will have; None: those of the pixels.
     """
-    height, width = pixels.shape[:2]
-    full_size = full_size or (height, width)
-    size = working_size(*full_size, max_side_px)
-    factor = max(height, width) // (BLOCK_ABOVE * max_side_px)
-    if factor > 1:
-        reduced = Image.fromarray(pixels).reduce((min(factor, width), min(factor, height)))
-        pixels = np.asarray(reduced)
-    return WorkingPicture(_shrunk(normalise(pixels), size), full_size)
+    height, width = full_size or pixels.shape[:2]
+    return WorkingPicture(resized(to_pixels(pixels), working_size(height, width, max_side_px)), (height, width))
 
 
 def label_pictures(
@@ -111,13 +99,13 @@ def label_working_pictures(
     batch_size: int = 8,
 ) -> list[PictureLabel]:
     """Label pictures; those of the same working size share a batch, large ones on the CPU none (see ``cam``)."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
+    by_size: dict[tuple[int, int], list[int]] = {}
     for index, picture in enumerate(pictures):
-        by_size.setdefault(tuple(picture.image.shape[1:]), []).append(index)
+        by_size.setdefault((picture.image.shape[0], picture.image.shape[1]), []).append(index)
     labels: dict[int, PictureLabel] = {}
     device = next(bundle.model.parameters()).device
-    for members in by_size.values():
-        together = 1 if kernels.passes_alone(pictures[members[0]].image[None], device) else batch_size
+    for size, members in by_size.items():
+        together = 1 if kernels.passes_alone(size, device) else batch_size
         for start in range(0, len(members), together):
             batch = members[start : start + together]
             made = _label_batch(bundle, [pictures[i] for i in batch], [tags[i] for i in batch], config)
@@ -166,10 +154,9 @@ class _Batch:
 def _run(
     bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
 ) -> _Batch:
-    image = torch.stack([picture.image for picture in pictures])
-    height, width = image.shape[2:]
+    height, width = pictures[0].image.shape[:2]
     scales = config.scales or bundle.cam_config.scales
-    image = pad_small(image, scales).to(next(bundle.model.parameters()).device)
+    image = _network_input(bundle, pictures, scales)
     output = bundle.model(image)
     predicted = (output.class_logits.sigmoid() > config.tag_probability).float()
     given = [None if config.tags == "predicted" else names for names in tags]
@@ -223,8 +210,7 @@ def label_at_scores(
 @torch.no_grad()
 def found_tags(bundle: Bundle, picture: WorkingPicture, config: LabelConfig) -> list[str]:
     """What the classifier is sure of in one picture."""
-    image = pad_small(picture.image[None], config.scales or bundle.cam_config.scales)
-    logits = bundle.model(image.to(next(bundle.model.parameters()).device)).class_logits
+    logits = bundle.model(_network_input(bundle, [picture], config.scales or bundle.cam_config.scales)).class_logits
     return cls_label_to_tags((logits.sigmoid() > config.tag_probability).float()[0], bundle.classes)
 
 
@@ -300,11 +286,10 @@ def to_full_size(label: Pixels, full_size: tuple[int, int]) -> Pixels:
     return label if label.shape == full_size else label[rows][:, columns]
 
 
-def _shrunk(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[3, H, W] -> [3, *size] with a filter wide enough not to alias."""
-    if tuple(image.shape[1:]) == size:
-        return image
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+def _network_input(bundle: Bundle, pictures: Sequence[WorkingPicture], scales: Sequence[float]) -> Tensor:
+    """Pictures of one working size -> [B, 3, h', w'] on the device, padded where they are small."""
+    pixels = torch.stack([picture.image for picture in pictures])
+    return pad_small(to_network_input(pixels, next(bundle.model.parameters()).device), scales)
 
 
 def pad_small(image: Tensor, scales: Sequence[float]) -> Tensor:

@@ -28,14 +28,14 @@ FAST_FROM_PIXELS = 2**16
 PIECE_LOGITS = 2**19
 
 
-def is_large(image: Tensor) -> bool:
-    """Whether pictures [B, 3, H, W] are worth the fast way."""
-    return image.shape[2] * image.shape[3] >= FAST_FROM_PIXELS
+def is_large(size: tuple[int, ...]) -> bool:
+    """Whether pictures of a size (H, W) are worth the fast way."""
+    return size[0] * size[1] >= FAST_FROM_PIXELS
 
 
-def passes_alone(image: Tensor, device: torch.device) -> bool:
+def passes_alone(size: tuple[int, ...], device: torch.device) -> bool:
     """Whether such pictures are better computed one by one: on the CPU a batch of large ones leaves the cache."""
-    return device.type == "cpu" and is_large(image)
+    return device.type == "cpu" and is_large(size)
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, *, fast: bool) -> Tensor:
@@ -104,9 +104,17 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         tokens, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        gradient = gradient.contiguous()
+        flat = gradient.view(-1, gradient.shape[-1])
         return (
-            _product(gradient.contiguous(), weight.t(), None) if wanted[0] else None,
-            _product(flat.t(), tokens.reshape(-1, tokens.shape[-1]).t(), None) if wanted[1] else None,
+            _product(gradient, weight.t(), None) if wanted[0] else None,
+            _weight_gradient(flat, tokens.reshape(-1, tokens.shape[-1])) if wanted[1] else None,
             flat.sum(0) if wanted[2] else None,
         )
+
+
+def _weight_gradient(gradient: Tensor, tokens: Tensor) -> Tensor:
+    """g^T x of [n, k] and [n, c] -> [k, c]. Turned rows are copied, turned weights are not: rows are the narrower."""
+    if gradient.shape[1] <= tokens.shape[1]:
+        return _product(gradient.t(), tokens.t(), None)
+    return _product(tokens.t(), gradient.t(), None).t()

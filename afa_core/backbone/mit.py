@@ -210,7 +210,7 @@ class MixTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> BackboneOutput:
         """Normalised image [B, 3, H, W] -> pyramid at strides 4, 8, 16, 16 and the last blocks' Q and K."""
-        fast = kernels.is_large(image)
+        fast = kernels.is_large(image.shape[2:])
         checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
         features = []
         queries_keys: list[tuple[Tensor, Tensor]] = []

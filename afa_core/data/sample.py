@@ -34,6 +34,7 @@ NeededSize = Callable[[int, int], tuple[int, int]]
 PICTURE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PICTURE_SUFFIXES = frozenset(f".{name}" for name in PICTURE_MEMBERS)
 SEG_MEMBER = "seg.png"
+STRIP_PIXELS = 2**20
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KEY = re.compile(r"[^./\\\x00-\x1f][^.\\\x00-\x1f]*")
 
@@ -181,11 +182,22 @@ def _decode_with_pillow(data: bytes, max_megapixels: float) -> Picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
             return Picture(_wide_grey_to_rgb(picture), (picture.height, picture.width))
-        if picture.has_transparency_data:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-        return Picture(np.asarray(picture.convert("RGB")), (picture.height, picture.width))
+        return Picture(_to_rgb(picture), (picture.height, picture.width))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadSample("undecodable_image", str(error)) from error
+
+
+def _to_rgb(picture: Image.Image) -> Pixels:
+    """Any mode on white -> uint8 [H, W, 3], some rows at a time: every form of the whole would be a multiple of it."""
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        bottom = min(top + rows, picture.height)
+        strip = picture.crop((0, top, picture.width, bottom))
+        if strip.has_transparency_data:
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip.convert("RGBA"))
+        pixels[top:bottom] = np.asarray(strip.convert("RGB"))
+    return pixels
 
 
 def picture_header(data: bytes, max_megapixels: float) -> tuple[str, int]:

@@ -36,11 +36,15 @@ Pixels = NDArray[np.uint8]
 Decode = Callable[[NeededSize], Sample]
 
 
-def normalise(image: Pixels | Tensor) -> Tensor:
-    """Network input of a picture uint8 [H, W, 3] -> float32 [3, H, W], or of a batch uint8 [B, 3, H, W]."""
-    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1) if isinstance(image, np.ndarray) else image
-    mean, std = _statistics(pixels.device)
-    return (pixels.float() - mean) / std
+def to_pixels(image: Pixels) -> Tensor:
+    """A picture uint8 [H, W, 3] as a tensor, without a copy if possible."""
+    return torch.from_numpy(np.require(image, requirements="W"))  # torch takes nothing that is read-only
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Network input float32 [..., 3, H, W] of bytes."""
+    mean, std = _statistics(image.device)
+    return (image.float() - mean) / std
 
 
 def to_network_input(pixels: Tensor, device: torch.device) -> Tensor:
@@ -88,11 +92,11 @@ class TrainTransform:
         sample = decode(rescaled_size)
         if sample.tags is None:
             raise BadSample("no_tags", "a training sample needs tags")
-        image = torch.from_numpy(np.require(sample.image, requirements="W"))  # torch takes nothing that is read-only
+        image = to_pixels(sample.image)
         size = rescaled_size(*sample.full_size)
         mirrored = rng.random() < config.flip_probability
         if config.photometric_distortion:  # which depends on the whole picture's mean
-            image = _distorted(_resized_window(image, size, slice(0, size[0]), slice(0, size[1])), rng)
+            image = _distorted(resized(image, size), rng)
         crop = torch.empty_like(self._canvas) if memory is None else memory
         box = self._crop(image, size, mirrored, rng, crop)
         return TrainItem(crop, tags_to_cls_label(sample.tags, self.classes), torch.tensor(box), sample.key)
@@ -122,18 +126,24 @@ def _rescaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
-def _resized_window(image: Tensor, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:
-    """The window ``rows``, ``columns`` of the picture [H, W, 3] at a size, give or take half a pixel of the picture.
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bytes [H, W, 3] -> [*size, 3], with a filter wide enough not to alias.
 
     Torch's antialiased filter on bytes is Pillow's, several times as fast.
     """
     if tuple(image.shape[:2]) == size:
+        return image
+    # Only a batch made of packed pixels is seen to be channels-last.
+    packed = image.contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(packed, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
+def _resized_window(image: Tensor, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+    """The window ``rows``, ``columns`` of the picture [H, W, 3] at a size, give or take half a pixel of the picture."""
+    if tuple(image.shape[:2]) == size:
         return image[rows, columns]
     row_cut, column_cut = map(_whole_pixels, image.shape, size, (rows, columns))
-    # Only a batch made of packed pixels is seen to be channels-last.
-    part = image[row_cut, column_cut].contiguous()[None].permute(0, 3, 1, 2)
-    target = (rows.stop - rows.start, columns.stop - columns.start)
-    return F.interpolate(part, target, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return resized(image[row_cut, column_cut], (rows.stop - rows.start, columns.stop - columns.start))
 
 
 def _whole_pixels(side: int, target_side: int, window: slice) -> slice:

@@ -96,10 +96,10 @@ def test_labels_brought_to_full_size_are_nearest_neighbours(height: int, width: 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000), (3000, 2000), (129, 64)])
 def test_any_size_is_worked_on_at_a_bounded_one(size: tuple[int, int]) -> None:
     picture = to_working_picture(np.full((*size, 3), 200, np.uint8), 128)
-    assert tuple(picture.image.shape[1:]) == working_size(*size, 128)
-    assert max(picture.image.shape[1:]) <= 128
+    assert tuple(picture.image.shape[:2]) == working_size(*size, 128)
+    assert max(picture.image.shape[:2]) <= 128
     assert picture.full_size == size
-    assert picture.image.std(dim=(1, 2), correction=0).max() < 1e-4  # a plain picture stays plain
+    assert (picture.image == 200).all()  # a plain picture stays plain
 
 
 def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
@@ -132,6 +132,20 @@ def test_pictures_of_every_kind_are_decoded() -> None:
         assert pixels.shape == (4, 6, 3), name
         assert pixels[..., 0].min() > 200, name
         assert pixels[..., 1:].max() < 80, name
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "P, one clear", "RGB, one clear", "1", "PA"])
+def test_a_picture_converted_in_strips_is_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afa_core.data.sample.STRIP_PIXELS", 200)
+    noise = np.random.default_rng(0).integers(0, 256, (47, 53, 4), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert(mode.partition(",")[0])
+    clear = {"P, one clear": 3, "RGB, one clear": tuple(map(int, noise[3, 4, :3]))}.get(mode)
+    options = {} if clear is None else {"transparency": clear}
+    data = encoded(picture, "TIFF" if mode == "PA" else "PNG", **options)
+    whole = Image.open(io.BytesIO(data))
+    if whole.has_transparency_data:
+        whole = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole.convert("RGBA"))
+    assert np.array_equal(decode_image(data, 1.0), np.asarray(whole.convert("RGB")))
 
 
 @pytest.mark.parametrize(("data", "reason"), [

@@ -113,14 +113,13 @@ def test_a_picture_that_is_shrunk_is_asked_for_at_its_rescaled_size() -> None:
 def test_bytes_normalised_on_the_device_are_floats_normalised_before() -> None:
     images = [sample(20, 30, seed).image for seed in range(3)]
     made = to_network_input(torch.from_numpy(np.stack(images)), torch.device("cpu"))
-    assert torch.equal(made, torch.stack([normalise(image) for image in images]))
+    assert torch.equal(made, torch.stack([normalise(torch.from_numpy(image).permute(2, 0, 1)) for image in images]))
     assert made.is_contiguous()
 
 
 def test_normalising_and_back_is_off_by_one_value_at_most() -> None:
-    image = sample(20, 20).image
-    unit = denormalise_to_unit(normalise(image)[None])[0].permute(1, 2, 0) * 255
-    assert (unit - torch.from_numpy(image)).abs().max() <= 1
+    image = torch.from_numpy(sample(20, 20).image).permute(2, 0, 1)
+    assert (denormalise_to_unit(normalise(image)[None])[0] * 255 - image).abs().max() <= 1
 
 
 def test_shapes_are_the_same_by_seed_and_differ_between_seeds_and_numbers() -> None:
