@@ -34,7 +34,7 @@ NeededSize = Callable[[int, int], tuple[int, int]]
 PICTURE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PICTURE_SUFFIXES = frozenset(f".{name}" for name in PICTURE_MEMBERS)
 SEG_MEMBER = "seg.png"
-STRIP_PIXELS = 2**20
+STRIP_PIXELS = 2**20  # of a picture that are converted at a time
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _KEY = re.compile(r"[^./\\\x00-\x1f][^.\\\x00-\x1f]*")
 
