@@ -64,16 +64,17 @@ class _WeightedEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seg_logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        differentiated = ctx.needs_input_grad[0]
         total, gradients = seg_logits.new_zeros(()), []
         # Resizing of channels that lie apart gives a result that lies apart, which the loss would copy.
         for logits, target, share in zip(seg_logits.split(1), label.split(1), weight.split(1), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                small = logits.detach().contiguous().requires_grad_(ctx.needs_input_grad[0])
+            with torch.set_grad_enabled(differentiated):
+                small = logits.detach().contiguous().requires_grad_(differentiated)
                 large = resize(small, label.shape[1:])
                 entropy = F.cross_entropy(large, target, ignore_index=IGNORE_INDEX, reduction="none")
                 loss = (entropy * share).sum()
             total += loss.detach()
-            if ctx.needs_input_grad[0]:
+            if differentiated:
                 gradients += torch.autograd.grad(loss, small)
         ctx.save_for_backward(*gradients)
         return total

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from waiting import wait_until
 
 
@@ -21,6 +22,14 @@ def afa(*words: object, status: int = 0) -> str:
     answer = subprocess.run(afa_command(*words), capture_output=True, text=True, check=False, timeout=280)
     assert answer.returncode == status, answer.stdout[-3000:] + answer.stderr[-5000:]
     return answer.stdout + answer.stderr
+
+
+def pip_install(python: str | Path, *words: object) -> None:
+    """Install what tests compare with; where that fails they are skipped, and say so."""
+    command = [python, "-m", "pip", "install", "--quiet", *map(str, words)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        pytest.skip(f"not tried, as pip install {' '.join(map(str, words))} failed: {answer.stderr[-500:]}")
 
 
 def outcome(process: subprocess.Popen[str]) -> object:

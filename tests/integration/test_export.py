@@ -8,17 +8,18 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import venv
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
-from commands import afa, afa_running
+from commands import afa, afa_running, pip_install
 from generated_labels import write_run
 from label_studio_sdk.converter.brush import decode_rle
 from labelling import masks_of, picture
@@ -100,16 +101,13 @@ def export(store: Path, output: Path, *words: object, status: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of an environment with other people's readers, whose requirements are not this project's."""
-    folder = tmp_path_factory.mktemp("readers")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "-r", READERS / "requirements.txt"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip(f"exports were not read with datumaro and FiftyOne, which did not install: {answer.stderr[-500:]}")
-    return python
+def readers() -> Iterator[Path]:
+    """Python of an environment with other people's readers, whose requirements are not this project's; not kept."""
+    with tempfile.TemporaryDirectory(prefix="afa-readers-") as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder, "bin", "python")
+        pip_install(python, "-r", READERS / "requirements.txt")
+        yield python
 
 
 def read_by(python: Path, script: str, folder: Path, output: Path) -> tuple[Masks, Any]:

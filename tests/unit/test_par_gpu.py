@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from commands import pip_install
 
 TRITON = "triton==3.8.0"
 
@@ -25,8 +26,8 @@ from afa_core.config import ParConfig
 
 torch.manual_seed(0)
 for config, (batch, maps, height, width) in (
-    (ParConfig(iterations=3), (2, 5, 17, 23)),
-    (ParConfig(dilations=(1, 3), iterations=2), (1, 11, 9, 40)),
+    (ParConfig(iterations=3), (2, 5, 37, 53)),
+    (ParConfig(dilations=(1, 3), iterations=2), (1, 11, 9, 300)),
 ):
     image, values = torch.rand(batch, 3, height, width), torch.rand(batch, maps, height, width)
     position = config.position_weight * par._position_weights(config)
@@ -65,12 +66,7 @@ def triton_path() -> Iterator[str]:
         yield ""
         return
     with tempfile.TemporaryDirectory(prefix="afa-triton-") as folder:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, TRITON]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            pytest.skip(
-                f"the GPU's kernels were not tried without Triton, which did not install: {answer.stderr[-500:]}"
-            )
+        pip_install(sys.executable, "--no-deps", "--target", folder, TRITON)
         yield folder
 
 
