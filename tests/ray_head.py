@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,8 +15,9 @@ from pathlib import Path
 
 from processes import descendants
 from servers.s3 import free_port
-from waiting import wait_until
+from waiting import http_status, wait_until
 
+ANSWERS = (200, 401, 403)  # of a dashboard that is there, or is there and wants the token
 # What must be found in no file afterwards.
 TOKEN = "planted-token-of-the-cluster-0123456789"
 MLFLOW_PASSWORD = "planted-mlflow-password"
@@ -173,7 +172,9 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
     with (home / "ray-start.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home, start_new_session=True)
     try:
-        wait_until(lambda: _answers(url), process, (home / "ray-start.log").read_text, 90)
+        wait_until(
+            lambda: http_status(f"{url}/api/version") in ANSWERS, process, (home / "ray-start.log").read_text, 90
+        )
         addresses = (url, f"http://127.0.0.1:{agent}", f"ray://127.0.0.1:{client}")
         yield RayHead(*addresses, temp, {**environment, "RAY_ADDRESS": url})
     finally:
@@ -183,16 +184,6 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(temp, ignore_errors=True)
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 403)  # it wants the token
-    except OSError:
-        return False
-    return True
 
 
 def session_members(leader: int) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -20,3 +22,14 @@ def wait_until(
         assert process is None or process.poll() is None, words()
         assert time.monotonic() < deadline, words()
         time.sleep(0.05)
+
+
+def http_status(url: str) -> int:
+    """What a server answers; 0 if it does not."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,7 @@ from processes import descendants
 from ray_head import BIN, MLFLOW_PASSWORD, TOKEN, Cluster, TrackingServer, plain_environment, ray_head
 from servers.s3 import ACCESS_KEY, SECRET_KEY, free_port
 from shard_sets import write_shapes
-from waiting import wait_until
+from waiting import http_status, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +28,9 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=plain_environment(folder))
     try:
-        wait_until(lambda: _answers(f"http://{address}/health"), process, (folder / "server.log").read_text, 120)
+        wait_until(
+            lambda: http_status(f"http://{address}/health") == 200, process, (folder / "server.log").read_text, 120
+        )
         yield TrackingServer(address, folder, process.pid)
     finally:
         for pid in (*descendants(process.pid), process.pid):  # asked politely it waits for open connections
@@ -56,11 +57,3 @@ def cluster(mlflow_server: TrackingServer, s3: str, tmp_path_factory: pytest.Tem
     write_shapes(shards, train=12, val=6, size_px=64, samples_per_shard=6)
     with ray_head(folder, TOKEN, environment) as head:
         yield Cluster(head, folder, shards, mlflow_server)
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except OSError:
-        return False
-    return True

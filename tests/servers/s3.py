@@ -7,13 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from waiting import wait_until
+from waiting import http_status, wait_until
 
 ACCESS_KEY, SECRET_KEY = "afa-tests", "afa-tests-secret"
 
@@ -40,17 +38,7 @@ def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
                "--cache-dir", f"{folder}/cache", "--cache-size", "64"]  # fmt: skip
     with subprocess.Popen(command, env=environment, **quiet) as process:  # type: ignore[call-overload]
         try:
-            wait_until(lambda: _answers(f"http://{address}/minio/health/live"), process, timeout_s=60)
+            wait_until(lambda: http_status(f"http://{address}/minio/health/live"), process, timeout_s=60)
             yield f"http://{address}"
         finally:
             process.terminate()
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=1).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
