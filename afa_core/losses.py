@@ -52,7 +52,7 @@ def segmentation_loss(seg_logits: Tensor, label: Tensor) -> Tensor:
         label: [B, H, W] int64, 255 ignored. A side without pixels contributes 0.
 
     Logits at the label's size are large (C floats a pixel) and cheap: they live for one picture at a time, for the loss
-    and its gradient at once.
+    and its gradient at once, which takes their memory twice.
     """
     background, foreground = _sides(label)
     weight = background / background.sum().clamp(min=1) + foreground / foreground.sum().clamp(min=1)
@@ -67,15 +67,16 @@ class _WeightedEntropy(torch.autograd.Function):
         differentiated = ctx.needs_input_grad[0]
         total, gradients = seg_logits.new_zeros(()), []
         # Resizing of channels that lie apart gives a result that lies apart, which the loss would copy.
-        for logits, target, share in zip(seg_logits.split(1), label.split(1), weight.split(1), strict=True):
+        for logits, target, share in zip(seg_logits.split(1), label.split(1), weight[:, None].split(1), strict=True):
             with torch.set_grad_enabled(differentiated):
                 small = logits.detach().contiguous().requires_grad_(differentiated)
                 large = resize(small, label.shape[1:])
-                entropy = F.cross_entropy(large, target, ignore_index=IGNORE_INDEX, reduction="none")
-                loss = (entropy * share).sum()
-            total += loss.detach()
+            log_probability = large.detach().log_softmax(1)
+            wanted = target.masked_fill(target == IGNORE_INDEX, 0)[:, None]  # there the share is 0
+            total -= (log_probability.gather(1, wanted) * share).sum()
             if differentiated:
-                gradients += torch.autograd.grad(loss, small)
+                slope = log_probability.exp_().mul_(share).scatter_add_(1, wanted, -share)
+                gradients += torch.autograd.grad(large, small, slope)
         ctx.save_for_backward(*gradients)
         return total
 

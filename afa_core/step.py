@@ -19,6 +19,7 @@ from torch import Tensor
 from afa_core.affinity import label_to_affinity_label
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.data.transforms import denormalise_to_unit
+from afa_core.host_memory import return_free_memory
 from afa_core.losses import Phase, affinity_loss, classification_loss, phase_at, segmentation_loss, total_loss
 from afa_core.model import AFANet, AFAOutput, TagLogits
 from afa_core.pseudo_label import make_pseudo_label
@@ -91,6 +92,8 @@ def training_step(
         return StepResult(cls + logits.unused, {"cls": cls}, phase)
     with mixed:
         label, refined_cam_label = _labels(model, batch, phase, cam_config, par_config)
+        if batch.image.device.type == "cpu":  # what the labels took is not kept beside what the gradient needs
+            return_free_memory()
         output: AFAOutput = forward(batch.image)
     affinity_label = label_to_affinity_label(refined_cam_label, output.backbone.grid, cam_config.affinity_radius)
     terms = {

@@ -16,6 +16,8 @@ Shapes: B images, N queries, M keys, n heads of d channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,8 +26,8 @@ from torch import Tensor
 
 # Pictures with fewer pixels are computed the exact way.
 FAST_FROM_PIXELS = 2**16
-# Attention logits of one piece: 2 MiB stay in the cache of a core or of its neighbours.
-PIECE_LOGITS = 2**19
+# Attention logits of one piece: 4 MiB stay in the cache of a core or of its neighbours.
+PIECE_LOGITS = 2**20
 
 
 def is_large(size: tuple[int, ...]) -> bool:
@@ -68,11 +70,27 @@ def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for index in range(batch):
         for head in range(heads):
             keys = key[index, head] * channels**-0.5  # of which there are fewer than queries
-            values = value[index, head].t().contiguous()
-            for start in range(0, length, rows):
-                share = _product(query[index, head, start : start + rows], keys, None).softmax(dim=1)
-                attended[index, head, start : start + rows] = _product(share, values, None)
+            values = value[index, head].contiguous().t()
+            for start, stop in even_cuts(length, rows):
+                share = _product(query[index, head, start:stop], keys, None).softmax(dim=1)
+                attended[index, head, start:stop] = _product(share, values, None)
     return attended
+
+
+def even_cuts(length: int, most: int) -> list[tuple[int, int]]:
+    """A length in as few pieces of at most so many as will do, and even ones: oneDNN keeps 0.5 MiB for every size."""
+    number = -(-length // most)
+    return list(pairwise(length * cut // number for cut in range(number + 1)))
+
+
+def recomputed(function: Callable[[Tensor], Tensor], tokens: Tensor, *parameters: Tensor) -> Tensor:
+    """The function of tokens, and of parameters it knows; for the gradient it is computed again, nothing is kept.
+
+    It must not draw random numbers. Torch's own checkpoint does, but imports torch's compiler: 70 MiB.
+    """
+    if torch.is_grad_enabled():
+        return _Recomputed.apply(function, tokens, *parameters)
+    return function(tokens)
 
 
 def takes_onednn(tokens: Tensor, *, fast: bool) -> bool:
@@ -111,6 +129,26 @@ class _OneDnnLinear(torch.autograd.Function):
             _weight_gradient(flat, tokens.reshape(-1, tokens.shape[-1])) if wanted[1] else None,
             flat.sum(0) if wanted[2] else None,
         )
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function whose intermediate results are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            tokens = tokens.detach().requires_grad_(ctx.needs_input_grad[1])
+            made = ctx.function(tokens)
+        wanted = [tensor for tensor in (tokens, *parameters) if tensor.requires_grad]
+        made_gradients = iter(torch.autograd.grad(made, wanted, gradient))
+        return None, *(next(made_gradients) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
 def _weight_gradient(gradient: Tensor, tokens: Tensor) -> Tensor:

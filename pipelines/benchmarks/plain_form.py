@@ -1,15 +1,17 @@
 """The training step in its plain form, to measure against: what the paper says, computed as the release computes it.
 
 Whole forward passes for every CAM scale, decoder included; affinity by a convolution over all heads' N x N logits, of
-mirrors too; attention spelled out; PAR four times a step and picture by picture, its neighbours gathered and its colour
-kernel derived anew each time; the decoder on the concatenation of all stages. Written from the paper and this project's
-own parts, tested against them. The release also keeps the logits of every block, so this is a lower bound of its cost.
+mirrors too; attention spelled out, with a copy of every block's logits kept, pooled over the grid of its queries; PAR
+four times a step and picture by picture, its neighbours gathered and its colour kernel derived anew each time; the
+decoder on the concatenation of all stages. Written from the paper, from a list of what the release does beyond it, and
+from this project's own parts, and tested against them.
 
 Shapes: as in ``afa_core``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -29,10 +31,25 @@ from afa_core.model import AFANet
 from afa_core.pseudo_label import low_high_to_label
 from afa_core.step import Batch
 
+# Copies of the logits of the newest pass.
+_kept_logits: list[Tensor] = []
+
 
 def use_plain_kernels() -> None:
-    """From now on this process computes backbones the exact way, whatever the size; for processes that only measure."""
+    """From now on this process computes backbones the plain way, whatever the size; for processes that only measure."""
     kernels.FAST_FROM_PIXELS = 2**62
+    kernels.attend = _attend_keeping_logits
+
+
+def _attend_keeping_logits(query: Tensor, key: Tensor, value: Tensor, *, fast: bool) -> Tensor:
+    """Attention of square pictures, [B, n, N, d], [B, n, M, d], [B, n, M, d] -> [B, n, N, d]."""
+    del fast
+    logits = query @ key.transpose(2, 3)
+    copy, side, reduction = logits.clone(), math.isqrt(query.shape[2]), math.isqrt(query.shape[2] // key.shape[2])
+    if reduction > 1:
+        copy = F.avg_pool2d(copy.transpose(2, 3).unflatten(3, (side, side)).flatten(0, 1), reduction)
+    _kept_logits.append(copy)
+    return (logits * query.shape[3] ** -0.5).softmax(dim=3) @ value
 
 
 def training_loss(
@@ -52,6 +69,7 @@ def training_loss(
 
 def forward(model: AFANet, image: Tensor) -> tuple[BackboneOutput, Tensor, Tensor]:
     """Features, segmentation logits, affinity."""
+    _kept_logits.clear()
     features = model.backbone(image)
     logits = features.attention_logits
     weight = model.affinity_head.head_weight[None, :, None, None]

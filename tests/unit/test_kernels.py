@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from afa_core.backbone import kernels
 from afa_core.backbone.mit import MixFeedForward, MixTransformer
@@ -12,6 +18,7 @@ from afa_core.cam import multi_scale_cam
 from afa_core.config import ModelConfig
 from afa_core.model import AFANet
 from afa_core.packing import Packing
+from pipelines.benchmarks import plain_form
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -51,18 +58,62 @@ def test_attention_in_pieces_is_attention(
     torch.testing.assert_close(fast, kernels.attend(query, key, value, fast=False), atol=1e-5, rtol=1e-5)
 
 
-def test_a_feed_forward_in_strips_is_the_whole_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@given(st.integers(1, 3000), st.integers(1, 500))
+def test_even_cuts_are_few_even_and_cover_all(length: int, most: int) -> None:
+    cuts = kernels.even_cuts(length, most)
+    assert [start for start, _ in cuts] == [0, *(stop for _, stop in cuts[:-1])]
+    assert cuts[-1][1] == length
+    sizes = {stop - start for start, stop in cuts}
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert len(cuts) == math.ceil(length / most)
+
+
+def test_large_pictures_train_without_torchs_compiler() -> None:
+    """Its import is 70 MiB; torch's own checkpoint does it."""
+    lines = """
+import sys, torch
+from afa_core.config import ModelConfig
+from afa_core.model import AFANet
+model = AFANet(ModelConfig(backbone="mit_tiny"), 3)
+output = model(torch.rand(1, 3, 256, 256))
+(output.seg_logits.mean() + output.affinity.mean() + output.class_logits.mean()).backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", lines], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("side", [16, 8])
+def test_the_plain_form_keeps_the_logits_of_attention_on_the_grid_of_its_keys(side: int) -> None:
+    query, key, value = torch.randn(2, 3, 256, 8), torch.randn(2, 3, side**2, 8), torch.randn(2, 3, side**2, 8)
+    plain_form._kept_logits.clear()
+    attended = plain_form._attend_keeping_logits(query, key, value, fast=False)
+    assert torch.equal(attended, kernels.attend(query, key, value, fast=False))
+    [kept] = plain_form._kept_logits
+    logits = (query @ key.transpose(2, 3)).unflatten(2, (side, 16 // side, side, 16 // side))
+    pooled = logits.mean((3, 5)).flatten(2, 3)  # queries pooled, keys as they are
+    keys_first = pooled.transpose(2, 3) if side < 16 else pooled
+    torch.testing.assert_close(kept.reshape(2, 3, side**2, side**2), keys_first)
+
+
+@pytest.mark.parametrize("norm_trained", [False, True])
+def test_a_feed_forward_in_strips_is_the_whole_with_its_gradients(
+    norm_trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    layer = MixFeedForward(8)
+    layer, norm = MixFeedForward(8), torch.nn.LayerNorm(8)
+    both = torch.nn.ModuleList([layer, norm])
+    norm.weight.requires_grad_(norm_trained)
     monkeypatch.setattr("afa_core.backbone.mit.STRIP_ACTIVATIONS", 3 * 6 * 32)  # three rows of six tokens
     tokens = torch.randn(2, 7 * 6, 8)
     results = []
     for fast in (False, True):
         leaf = tokens.clone().requires_grad_()
-        layer.zero_grad()
-        mixed = layer(leaf, (7, 6), fast=fast)
+        both.zero_grad()
+        mixed = layer(leaf, norm, (7, 6), fast=fast)
         mixed.square().sum().backward()
-        results.append([mixed, leaf.grad, *gradients(layer)])
+        results.append([mixed, leaf.grad, *gradients(both)])
+    assert len(results[0]) == len(results[1]) == 2 + 6 + 1 + norm_trained
     for exact, strips in zip(*results, strict=True):
         torch.testing.assert_close(strips, exact, atol=1e-4, rtol=1e-4)
 
