@@ -47,7 +47,7 @@ def apply_speed(config: SpeedConfig, backbone: Any) -> None:
         backbone.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         assert isinstance(backbone, nn.Module)
-        backbone.compile()
+        backbone.compile(dynamic=False)  # one for sizes of any kind its compiler cannot make
 
 
 class StepProfiler:

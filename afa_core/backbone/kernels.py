@@ -94,9 +94,13 @@ def recomputed(function: Callable[[Tensor], Tensor], tokens: Tensor, *parameters
 
 
 def takes_onednn(tokens: Tensor, *, fast: bool) -> bool:
-    """Whether the fast way is oneDNN's here; layers then also work in pieces that stay in the cache."""
+    """Whether the fast way is oneDNN's here; layers then also work in pieces that stay in the cache.
+
+    Not under torch.compile, which makes products of its own and has no code for this one with weights that train.
+    """
     return (
         fast
+        and not torch.compiler.is_compiling()
         and tokens.device.type == "cpu"
         and tokens.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

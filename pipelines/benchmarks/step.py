@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from afa_core.backbone.mit import MixTransformer
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.step import training_step
 from pipelines.benchmarks import plain_form
 from pipelines.benchmarks.cases import FORMS, Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
+from pipelines.speed import SpeedConfig, apply_speed
 
 # Step 0 is in the phase that all labels are made in.
 LOSS = LossConfig(classification_steps=0, affinity_label_step=0)
@@ -46,10 +46,8 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
                 loss = plain_form.training_loss(model, batch, CamConfig(), ParConfig(), LOSS)
             loss.backward()
     else:
-        if isinstance(model.backbone, MixTransformer):
-            model.backbone.gradient_checkpointing = size.gradient_checkpointing
-        if size.compiled:
-            model.backbone.compile()  # type: ignore[attr-defined]
+        speed = SpeedConfig(compile=size.compiled, gradient_checkpointing=size.gradient_checkpointing)
+        apply_speed(speed, model.backbone)
 
         def iterate() -> None:
             model.zero_grad()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +46,21 @@ def test_fast_products_are_left_to_torch_where_onednn_has_none() -> None:
     assert torch.equal(kernels.linear(tokens, weight, None, fast=True), F.linear(tokens, weight))
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.linear(tokens.float(), weight.float(), None, fast=True).dtype == torch.bfloat16
+
+
+def test_under_torch_compile_products_are_torchs_own() -> None:
+    """Its compiler stops at oneDNN's with an error, of weights that are no constants."""
+    operations: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        operations.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    tokens, layer = torch.randn(2, 30, 24), torch.nn.Linear(24, 40)
+    product = torch.compile(partial(kernels.linear, fast=True), backend=backend, fullgraph=True)
+    torch.testing.assert_close(product(tokens, layer.weight, layer.bias), layer(tokens), atol=1e-4, rtol=1e-5)
+    assert operations
+    assert not [operation for operation in operations if "mkldnn" in operation]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 50, 8, 11), (1, 1, 700, 16, 1200)])
