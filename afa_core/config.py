@@ -126,6 +126,7 @@ class DataConfig:
     sampling: Literal["exact", "resampled"] = "exact"
     # Samples that are shuffled among each other; every place in the batch reads from another part of the data.
     shuffle_block: Count = 512
+    # Threads that read and decode ahead of the training loop.
     loader_workers: CountOrZero = 2
     # Pictures with more pixels are refused: a small file can unpack to gigabytes.
     max_megapixels: Positive = 100.0

@@ -33,8 +33,7 @@ def step_batches(
     )
     samples = TrainSamples(order, files, TrainTransform(data, index.classes), index.classes, data, train.seed)
     plan = WorkerBatches(first_step, train.global_batch, train.batch_size, rank, world_size)
-    # Loading processes are started before the threads of the prefetch.
-    batches = load_batches(samples, plan, train.batch_size, data.loader_workers, pinned=torch.cuda.is_available())
+    batches = load_batches(samples, plan, data.loader_workers, pinned=torch.cuda.is_available())
     wanted = _wanted_shards(order, plan)
     with Prefetch(files) as prefetch:
         for shards in wanted:

@@ -1,7 +1,7 @@
 """Shard sets where they lie: a folder, or an ``s3://`` prefix whose shards are fetched whole into the machine's cache.
 
-A fetched shard is used only if its SHA-256 is the index's. The cache is named by content, so workers, loading processes
-and later runs share it; a lock lets one of them fetch what all wait for.
+A fetched shard is used only if its SHA-256 is the index's. The cache is named by content, so workers and later
+runs share it; a lock lets one of them fetch what all wait for.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def split_files(source: str, index: DatasetIndex, split: str, cache_gib: float =
 
 @dataclass
 class ShardFiles:
-    """The shards of a split as files of this machine, by number; travels to other processes.
+    """The shards of a split as files of this machine, by number; any thread may ask.
 
     Attributes:
         source: folder or ``s3://`` prefix.

@@ -36,6 +36,8 @@ PICTURE_SUFFIXES = frozenset(f".{name}" for name in PICTURE_MEMBERS)
 SEG_MEMBER = "seg.png"
 STRIP_PIXELS = 2**20  # of a picture that are converted at a time
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# How many pixels are too many is decided below; catch_warnings() is not for threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _KEY = re.compile(r"[^./\\\x00-\x1f][^.\\\x00-\x1f]*")
 
 
@@ -255,9 +257,7 @@ def encode_sample(
 def _open(data: bytes, max_megapixels: float, reason: str) -> Image.Image:
     """Header of a picture; nothing is decoded yet, so a bomb costs nothing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSample("too_many_pixels", str(error)) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:

@@ -5,6 +5,7 @@ Where its members lie is learned from the headers when it is opened; nothing is 
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,7 @@ class ShardReader:
     def _bytes(self, extent: Extent) -> bytes:
         start, size = extent
         try:
-            self._stream.seek(start)
-            data = self._stream.read(size)
+            data = os.pread(self._stream.fileno(), size, start)  # which several threads may do at once
         except OSError as error:
             raise BadSample("bad_shard", f"{self.path.name}: {error.strerror}") from error
         if len(data) < size:

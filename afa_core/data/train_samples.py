@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from afa_core.config import DataConfig
 from afa_core.data.order import SampleOrder, micro_batches
@@ -26,7 +25,7 @@ from afa_core.data.transforms import Decode, TrainItem
 
 OPEN_SHARDS = 256
 
-Transform = Callable[[Decode, np.random.Generator, Tensor | None], TrainItem]
+Transform = Callable[[Decode, Random], TrainItem]
 # Number of a shard -> its file; a ``BadSample`` says why there is none.
 FindShard = Callable[[int], Path]
 
@@ -44,28 +43,29 @@ class TrainBatch:
     """Samples of one worker in one part of a step.
 
     Attributes:
-        image: uint8 [B, S, S, 3] crops, to be normalised on the device.
+        windows: what the crops are made of on the device, uint8 [h, w, 3] each.
+        mirrored: which crops are mirrored.
         cls_label: [B, F] multi-hot.
-        box: [B, 4] int64, valid region y0 y1 x0 x1 of each crop.
+        box: [B, 4] int64, y0 y1 x0 x1, where the window goes in each crop: its valid region.
         keys: of the samples.
         skipped: those that could not be used; B may be 0.
     """
 
-    image: Tensor
+    windows: tuple[Tensor, ...]
+    mirrored: tuple[bool, ...]
     cls_label: Tensor
     box: Tensor
     keys: tuple[str, ...]
     skipped: tuple[SkippedSample, ...]
 
     def pin_memory(self) -> TrainBatch:
-        """In memory that a GPU copies from while the processor goes on; a DataLoader asks for it."""
-        return replace(
-            self, image=self.image.pin_memory(), cls_label=self.cls_label.pin_memory(), box=self.box.pin_memory()
-        )
+        """In memory that a GPU copies from while the processor goes on."""
+        windows = tuple(window.contiguous().pin_memory() for window in self.windows)
+        return replace(self, windows=windows, cls_label=self.cls_label.pin_memory())
 
 
-class TrainSamples(Dataset[TrainItem | SkippedSample]):
-    """Augmented samples by number."""
+class TrainSamples:
+    """Augmented samples by number; any thread may ask."""
 
     def __init__(
         self,
@@ -82,28 +82,18 @@ class TrainSamples(Dataset[TrainItem | SkippedSample]):
 
     def __getitem__(self, number: int) -> TrainItem | SkippedSample:
         """The sample of a number."""
-        return self._sample(number)
-
-    def batch(self, numbers: Sequence[int], memory: Tensor | None = None) -> TrainBatch:
-        """The samples of some numbers; their crops are made in the memory uint8 [>= B, S, S, 3], if one is given."""
-        side = self.config.crop_px
-        crops = torch.empty(len(numbers), side, side, 3, dtype=torch.uint8) if memory is None else memory
-        items: list[TrainItem | SkippedSample] = []
-        good = 0
-        for number in numbers:
-            items.append(self._sample(number, crops[good]))
-            good += isinstance(items[-1], TrainItem)
-        return collate(items, crops)
-
-    def _sample(self, number: int, memory: Tensor | None = None) -> TrainItem | SkippedSample:
         shard, at = self.order.place(number)
         key = f"shard {shard}, sample {at}"
         try:
             raw = self._reader(shard).read(at)
             key = str(raw["__key__"])
-            return self.transform(partial(self._decode, raw), np.random.default_rng([self.seed, number]), memory)
+            return self.transform(partial(self._decode, raw), Random(f"{self.seed} {number}"))
         except BadSample as bad:
             return SkippedSample(bad.reason, key)
+
+    def batch(self, numbers: Sequence[int]) -> TrainBatch:
+        """The samples of some numbers."""
+        return collate([self[number] for number in numbers])
 
     def _decode(self, raw: dict[str, Any], needed_size: NeededSize) -> Sample:
         return decode_sample(raw, self.classes, self.config.max_megapixels, needed_size=needed_size)
@@ -141,18 +131,14 @@ class WorkerBatches:
         return len(self.numbers(0))
 
 
-def collate(items: Sequence[TrainItem | SkippedSample], crops: Tensor | None = None) -> TrainBatch:
-    """Samples to a batch; ``crops`` uint8 [>= B, S, S, 3] if those of the usable ones lie there already."""
+def collate(items: Sequence[TrainItem | SkippedSample]) -> TrainBatch:
+    """Samples to a batch."""
     good = [item for item in items if isinstance(item, TrainItem)]
-    skipped = tuple(item for item in items if isinstance(item, SkippedSample))
-    if not good:
-        return TrainBatch(
-            torch.zeros(0, dtype=torch.uint8), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (), skipped
-        )
     return TrainBatch(
-        torch.stack([item.image for item in good]) if crops is None else crops[: len(good)],
-        torch.stack([item.cls_label for item in good]),
-        torch.stack([item.box for item in good]),
+        tuple(item.window for item in good),
+        tuple(item.mirrored for item in good),
+        torch.stack([item.cls_label for item in good]) if good else torch.zeros(0),
+        torch.tensor([item.box for item in good], dtype=torch.int64),
         tuple(item.key for item in good),
-        skipped,
+        tuple(item for item in items if isinstance(item, SkippedSample)),
     )

@@ -1,11 +1,13 @@
-"""From samples to tensors: normalisation, training augmentation, batches.
+"""From samples to tensors: normalisation and training augmentation.
 
 Augmentation as published for AFA (section 4.1): random rescaling, horizontal flip, random crop with padding;
 photometric distortion is optional. A crop comes with the box that holds picture and no padding. Padding is the mean
-colour, which is 0 once normalised. Crops stay bytes until they are on the device.
+colour, which is 0 once normalised.
 
-The scale is drawn before the picture is decoded, so that one that is shrunk can be decoded at a smaller size; of the
-rescaled picture only the crop is made, from whole pixels of the picture.
+``TrainTransform`` draws and cuts, where the pictures are read; ``make_crops`` rescales, mirrors and pads on the device
+what was cut. All of it stays bytes until then. The scale is drawn before the picture is decoded, so that one that is
+shrunk can be decoded at a smaller size; of the rescaled picture only the crop is made, from whole pixels of the
+picture.
 
 Shapes: H x W pixels, S the crop's side; boxes are y0 y1 x0 x1 within the crop.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +41,7 @@ Decode = Callable[[NeededSize], Sample]
 
 def to_pixels(image: Pixels) -> Tensor:
     """A picture uint8 [H, W, 3] as a tensor, without a copy if possible."""
-    return torch.from_numpy(np.require(image, requirements="W"))  # torch takes nothing that is read-only
+    return torch.from_numpy(image if image.flags.writeable else image.copy())  # torch takes nothing that is read-only
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -65,61 +68,86 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class TrainItem(NamedTuple):
-    """A crop: image uint8 [S, S, 3], cls_label [F], box [4] int64, and the sample's key."""
+    """What a crop is made of.
 
-    image: Tensor
+    Attributes:
+        window: uint8 [h, w, 3], pixels of the picture; no more of them than a crop has.
+        mirrored: whether the crop shows the window's mirror image.
+        box: y0 y1 x0 x1, where in the crop the window goes, at whatever size that is; the rest is padding.
+        cls_label: [F] multi-hot.
+        key: of the sample.
+    """
+
+    window: Tensor
+    mirrored: bool
+    box: tuple[int, int, int, int]
     cls_label: Tensor
-    box: Tensor
     key: str
 
 
 class TrainTransform:
-    """Sample -> augmented crop; what is random comes from the generator that is handed in."""
+    """Sample -> what its augmented crop is made of; what is random comes from the generator that is handed in."""
 
     def __init__(self, config: DataConfig, classes: Sequence[str]) -> None:
         self.config, self.classes = config, tuple(classes)
-        colour = torch.tensor(MEAN).round().to(torch.uint8)
-        self._canvas = colour.expand(config.crop_px, config.crop_px, 3).contiguous()
 
-    def __call__(self, decode: Decode, rng: np.random.Generator, memory: Tensor | None = None) -> TrainItem:
-        """Augment one sample; the crop is written into the memory uint8 [S, S, 3], if one is given.
+    def __call__(self, decode: Decode, rng: Random) -> TrainItem:
+        """Draw the augmentation of one sample, and cut out what it shows.
 
         Raises:
             BadSample: it cannot be decoded, or has no tags, so that there is nothing to learn from it.
         """
         config = self.config
-        rescaled_size = partial(_rescaled_size, scale=float(rng.uniform(*config.rescale)))
+        rescaled_size = partial(_rescaled_size, scale=rng.uniform(*config.rescale))
         sample = decode(rescaled_size)
         if sample.tags is None:
             raise BadSample("no_tags", "a training sample needs tags")
-        image = to_pixels(sample.image)
+        image = sample.image
         size = rescaled_size(*sample.full_size)
         mirrored = rng.random() < config.flip_probability
         if config.photometric_distortion:  # which depends on the whole picture's mean
-            image = _distorted(resized(image, size), rng)
-        crop = torch.empty_like(self._canvas) if memory is None else memory
-        box = self._crop(image, size, mirrored, rng, crop)
-        return TrainItem(crop, tags_to_cls_label(sample.tags, self.classes), torch.tensor(box), sample.key)
-
-    def _crop(
-        self, image: Tensor, size: tuple[int, int], mirrored: bool, rng: np.random.Generator, crop: Tensor
-    ) -> list[int]:
-        """A random window of the picture at a size; a small one is set at a random place on a canvas. Gives its box."""
-        crop_px = self.config.crop_px
-        source, box = [], []
-        for side in size:
-            length = min(side, crop_px)
-            at, start = int(rng.integers(crop_px - length + 1)), int(rng.integers(side - length + 1))
-            source.append(slice(start, start + length))
-            box += [at, at + length]
-        (rows, columns), (y0, y1, x0, x1) = source, box
+            image = _distorted(resized(to_pixels(image), size).numpy(), rng)
+        (rows, top), (columns, left) = (self._draw(side, rng) for side in size)
         if mirrored:
             columns = slice(size[1] - columns.stop, size[1] - columns.start)
-        window = _resized_window(image, size, rows, columns)
+        window = self._cut(image, size, rows, columns)
+        box = (top.start, top.stop, left.start, left.stop)
+        return TrainItem(window, mirrored, box, tags_to_cls_label(sample.tags, self.classes), sample.key)
+
+    def _draw(self, side: int, rng: Random) -> tuple[slice, slice]:
+        """What the crop shows of a side at random, and where: a small picture is set at a random place of the crop."""
+        length = min(side, self.config.crop_px)
+        at, start = rng.randrange(self.config.crop_px - length + 1), rng.randrange(side - length + 1)
+        return slice(start, start + length), slice(at, at + length)
+
+    def _cut(self, image: Pixels, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+        """The picture's pixels under a window of it at a size; shrunk already where that makes less of them."""
+        row_cut, column_cut = map(_whole_pixels, image.shape, size, (rows, columns))
+        window, most = image[row_cut, column_cut], 3 * self.config.crop_px**2
+        if window.size > most:
+            return resized(to_pixels(window), (rows.stop - rows.start, columns.stop - columns.start))
+        # The part of a large picture would keep all of it in memory.
+        return to_pixels(window if image.size <= most else window.copy())
+
+
+def make_crops(
+    windows: Sequence[Tensor], mirrored: Sequence[bool], boxes: Tensor, crop_px: int, device: torch.device
+) -> Tensor:
+    """Crops uint8 [B, S, S, 3] on the device, of windows uint8 [h, w, 3], with their boxes [B, 4]."""
+    canvas = _canvas(crop_px, device)
+    crops = torch.empty(len(windows), *canvas.shape, dtype=torch.uint8, device=device)
+    for crop, window, flip, (y0, y1, x0, x1) in zip(crops, windows, mirrored, boxes.tolist(), strict=True):
         for margin in (np.s_[:y0], np.s_[y1:], np.s_[y0:y1, :x0], np.s_[y0:y1, x1:]):
-            crop[margin] = self._canvas[margin]
-        crop[y0:y1, x0:x1] = window.flip(1) if mirrored else window
-        return box
+            crop[margin] = canvas[margin]
+        pixels = resized(window.to(device, non_blocking=True), (y1 - y0, x1 - x0))
+        crop[y0:y1, x0:x1] = pixels.flip(1) if flip else pixels
+    return crops
+
+
+@lru_cache
+def _canvas(crop_px: int, device: torch.device) -> Tensor:
+    colour = torch.tensor(MEAN, device=device).round().to(torch.uint8)
+    return colour.repeat(crop_px, crop_px, 1)
 
 
 def _rescaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -129,21 +157,20 @@ def _rescaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Bytes [H, W, 3] -> [*size, 3], with a filter wide enough not to alias.
 
-    Torch's antialiased filter on bytes is Pillow's, several times as fast.
+    On the CPU torch's antialiased filter on bytes is Pillow's, several times as fast; a GPU has it for floats only.
     """
     if tuple(image.shape[:2]) == size:
         return image
     # Only a batch made of packed pixels is seen to be channels-last.
     packed = image.contiguous()[None].permute(0, 3, 1, 2)
-    return F.interpolate(packed, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return (_resized_bytes if image.device.type == "cpu" else _resized_floats)(packed, size)[0].permute(1, 2, 0)
 
 
-def _resized_window(image: Tensor, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:
-    """The window ``rows``, ``columns`` of the picture [H, W, 3] at a size, give or take half a pixel of the picture."""
-    if tuple(image.shape[:2]) == size:
-        return image[rows, columns]
-    row_cut, column_cut = map(_whole_pixels, image.shape, size, (rows, columns))
-    return resized(image[row_cut, column_cut], (rows.stop - rows.start, columns.stop - columns.start))
+_resized_bytes = partial(F.interpolate, mode="bilinear", antialias=True)
+
+
+def _resized_floats(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    return _resized_bytes(pixels.float(), size).round().to(torch.uint8)
 
 
 def _whole_pixels(side: int, target_side: int, window: slice) -> slice:
@@ -153,10 +180,10 @@ def _whole_pixels(side: int, target_side: int, window: slice) -> slice:
     return slice(start, max(start + 1, round(window.stop * ratio)))
 
 
-def _distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
+def _distorted(image: Pixels, rng: Random) -> Pixels:
     """Brightness, contrast and saturation, each changed by at most a half, in random order."""
-    picture = Image.fromarray(image.numpy())
-    for index in rng.permutation(3):
+    picture = Image.fromarray(image)
+    for index in rng.sample(range(3), 3):
         enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[index]
-        picture = enhance(picture).enhance(float(rng.uniform(0.5, 1.5)))
-    return torch.from_numpy(np.array(picture))
+        picture = enhance(picture).enhance(rng.uniform(0.5, 1.5))
+    return np.array(picture)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import litdata
 
 from afa_core.config import DataConfig
 from afa_core.data.transforms import TrainItem, TrainTransform
-from pipelines.benchmarks.loader import CLASSES, FACTS, SEED, Stamped, augmented, loading_processes, stamped
+from pipelines.benchmarks.loader import CLASSES, FACTS, SEED, Stamped, augmented, crops_of, loading_processes, stamped
 
 
 class LitSamples(litdata.StreamingDataset):
@@ -37,4 +39,13 @@ def write_litdata(pictures: Sequence[bytes], folder: Path) -> None:
 def build_litdata_loader(folder: Path, config: DataConfig, batch_size: int, processes: int) -> Iterable[Stamped]:
     """LitData's own loader."""
     data = LitSamples(folder, config)
-    return litdata.StreamingDataLoader(data, batch_size=batch_size, collate_fn=stamped, **loading_processes(processes))
+    put_together = partial(stamped_crops, crop_px=config.crop_px) if processes else stamped
+    return litdata.StreamingDataLoader(
+        data, batch_size=batch_size, collate_fn=put_together, **loading_processes(processes)
+    )
+
+
+def stamped_crops(items: Sequence[TrainItem], crop_px: int) -> Stamped:
+    """Crops, which are sent as one tensor, with the clock of the process that made them."""
+    batch, process, _ = stamped(items)
+    return crops_of(batch, crop_px), process, time.process_time()

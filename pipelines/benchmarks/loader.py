@@ -1,9 +1,12 @@
-"""How fast training is fed: from decoding alone to batches out of loading processes, and other formats beside it.
+"""How fast training is fed: from decoding alone to batches out of loading threads, and other formats beside it.
 
-The measure is processor time of all processes of a case together, so that images/s are those of one core, however many
-work and whatever else the machine does. Bare decoding is that of the same bytes, held in memory, to the same pixels, by
-the same decoder, and nothing else. All cases have the same pictures, decoding and augmentation, and take turns. What is
-read lies in the page cache: this is about processors, not disks.
+The measure is processor time of all threads and processes of a case together, so that images/s are those of one core,
+however many work and whatever else the machine does. Bare decoding is that of the same bytes, held in memory, to the
+same pixels, by the same decoder, and nothing else. All cases have the same pictures and decoding and the same draws of
+the augmentation, and take turns. What is read lies in the page cache: this is about processors, not disks.
+
+A batch is loaded when it is all there for the device, which makes the crops: what that costs, where the device is this
+processor, has cases of its own. LitData's loading processes send crops, which is what they are fastest with.
 """
 
 from __future__ import annotations
@@ -20,21 +23,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from afa_core.config import DataConfig
-from afa_core.data.loading import PREFETCH, SentBatches, SharedBatches
+from afa_core.data.loading import PREFETCH, load_batches
 from afa_core.data.order import SampleOrder
 from afa_core.data.sample import decode_image, decode_sample, encode_sample
 from afa_core.data.shards import ShardWriter
-from afa_core.data.train_samples import SkippedSample, TrainBatch, TrainSamples, collate
-from afa_core.data.transforms import TrainItem, TrainTransform
+from afa_core.data.train_samples import TrainBatch, TrainSamples, collate
+from afa_core.data.transforms import TrainItem, TrainTransform, make_crops
 from afa_core.errors import InputError
 from pipelines.benchmarks.measure import Measurement, in_own_process
 
@@ -44,7 +49,7 @@ SHARD_PICTURES = 250
 GENERATED = 64  # different pictures; there are as many copies as it takes
 SEED = 0
 
-Stamped = tuple[TrainBatch, int, float]  # with the process that made it, and the processor seconds it has used so far
+Stamped = tuple[Any, int, float]  # a batch, the process that made it, the processor seconds it has used so far
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +110,8 @@ class Case:
 
 def _measure(arguments: argparse.Namespace) -> list[Measurement]:
     torch.set_num_threads(1)
+    # As in training, whose tensors teach malloc to keep memory of such sizes instead of giving it back each time.
+    torch.empty(24 * 2**20, dtype=torch.uint8)
     pictures = load_pictures(arguments.pictures, arguments.limit)
     with tempfile.TemporaryDirectory(prefix="afa-bench-") as scratch:
         cases = build_cases(pictures, Path(scratch), arguments.crop_px, arguments.batch_size)
@@ -127,22 +134,26 @@ def build_cases(pictures: Sequence[bytes], folder: Path, crop_px: int, batch_siz
     full = DataConfig(crop_px=crop_px)
     loose = write_loose(pictures, folder / "loose")
     shards = write_shards(pictures, folder / "shards")
-    loaders: dict[str, Iterable[Stamped]] = {"loose files": build_loose_loader(LooseFiles(loose, plain), batch_size)}
-    for processes in (0, 1, 2):
-        place = f"{processes} loading" if processes else "in process"
-        loaders[f"shards, {place}"] = ShardBatches(open_shards(shards, plain, batch_size), batch_size, processes)
+    loaders: dict[str, Callable[[], Iterable[Stamped]]] = {
+        "bare decoder": partial(decode_all, pictures),
+        "loose files": build_loose_loader(LooseFiles(loose, plain), batch_size).__iter__,
+    }
+    for number in (0, 1, 2):
+        place = f"{number} loading" if number else "in process"
+        loaders[f"shards, {place}"] = ShardBatches(open_shards(shards, plain, batch_size), batch_size, number)
         if has_litdata():
             from pipelines.benchmarks.litdata_loader import build_litdata_loader, write_litdata
 
-            if not processes:
+            if not number:
                 write_litdata(pictures, folder / "litdata")
-            loaders[f"litdata, {place}"] = build_litdata_loader(folder / "litdata", plain, batch_size, processes)
-    loaders["loose files, rescaled"] = build_loose_loader(LooseFiles(loose, full), batch_size)
-    loaders["shards, rescaled"] = ShardBatches(open_shards(shards, full, batch_size), batch_size, 0)
-    return [
-        Case("bare decoder", lambda: decode_all(pictures)),
-        *(Case(name, loader.__iter__) for name, loader in loaders.items()),
-    ]
+            loaders[f"litdata, {place}"] = build_litdata_loader(folder / "litdata", plain, batch_size, number).__iter__
+    loaders["loose files, rescaled"] = build_loose_loader(LooseFiles(loose, full), batch_size).__iter__
+    rescaled = ShardBatches(open_shards(shards, full, batch_size), batch_size, 0)
+    loaders["shards, rescaled"] = rescaled
+    loaders["shards, rescaled, 2 loading"] = ShardBatches(rescaled.samples, batch_size, 2)
+    loaders["crops alone"] = Crops(open_shards(shards, plain, batch_size), batch_size)
+    loaders["crops alone, rescaled"] = Crops(rescaled.samples, batch_size)
+    return [Case(name, loader) for name, loader in loaders.items()]
 
 
 def decode_all(pictures: Sequence[bytes]) -> Iterable[Stamped]:
@@ -152,7 +163,7 @@ def decode_all(pictures: Sequence[bytes]) -> Iterable[Stamped]:
     return ()
 
 
-class LooseFiles(Dataset[TrainItem | SkippedSample]):
+class LooseFiles(Dataset[TrainItem]):
     """Pictures in files of their own, in another order each time they are all read."""
 
     def __init__(self, paths: Sequence[Path], config: DataConfig) -> None:
@@ -168,7 +179,7 @@ class LooseFiles(Dataset[TrainItem | SkippedSample]):
 
 def augmented(raw: dict[str, Any], transform: TrainTransform, number: int) -> TrainItem:
     """What ``TrainSamples`` makes of the members of a sample."""
-    return transform(partial(_decode, raw), np.random.default_rng([SEED, number]))
+    return transform(partial(_decode, raw), Random(f"{SEED} {number}"))
 
 
 def _decode(raw: dict[str, Any], needed_size: Any) -> Any:
@@ -189,43 +200,47 @@ def build_loose_loader(data: LooseFiles, batch_size: int) -> Iterable[Stamped]:
 
 
 class ShardBatches:
-    """All samples of the shards once, as training reads them, out of processes that stay from turn to turn."""
+    """All samples of the shards once, as training reads them."""
 
-    def __init__(self, samples: TrainSamples, batch_size: int, processes: int) -> None:
+    def __init__(self, samples: TrainSamples, batch_size: int, threads: int) -> None:
         number = samples.order.epoch_samples
-        self.samples, self.processes = samples, processes
+        self.samples, self.threads = samples, threads
         self.plan = [list(range(start, min(number, start + batch_size))) for start in range(0, number, batch_size)]
-        if processes:
-            self.shared = SharedBatches(processes, batch_size, samples.config.crop_px)
-            self.sent = DataLoader(
-                SentBatches(samples, self.shared), sampler=self.plan, batch_size=None, collate_fn=clocked,
-                **loading_processes(processes),
-            )  # fmt: skip
 
-    def __iter__(self) -> Iterator[Stamped]:
-        if not self.processes:
-            yield from ((self.samples.batch(numbers), os.getpid(), 0.0) for numbers in self.plan)
-            return
-        for sent, process, clock in self.sent:
-            yield self.shared.receive(sent), process, clock
+    def __call__(self) -> Iterator[Stamped]:
+        """The batches; all threads have this process's clock."""
+        return ((batch, os.getpid(), 0.0) for batch in load_batches(self.samples, self.plan, self.threads))
+
+
+class Crops:
+    """What the device does with the batches, done by this process; they are loaded in the first turn."""
+
+    def __init__(self, samples: TrainSamples, batch_size: int) -> None:
+        self.crop_px, self.loader = samples.config.crop_px, ShardBatches(samples, batch_size, 0)
+        self.batches: list[TrainBatch] = []
+
+    def __call__(self) -> Iterator[Stamped]:
+        """The crops, of all batches."""
+        self.batches = self.batches or [batch for batch, _, _ in self.loader()]
+        return ((crops_of(batch, self.crop_px), os.getpid(), 0.0) for batch in self.batches)
+
+
+def crops_of(batch: TrainBatch, crop_px: int) -> Tensor:
+    """Crops of a batch, made by this process."""
+    return make_crops(batch.windows, batch.mirrored, batch.box, crop_px, torch.device("cpu"))
 
 
 def loading_processes(number: int) -> dict[str, Any]:
-    """What a DataLoader is told of its processes: they stay from turn to turn, and are forked as in training."""
+    """What a DataLoader is told of its processes: they stay from turn to turn."""
     if not number:
         return {"num_workers": 0}
     stay = {"persistent_workers": True, "multiprocessing_context": "fork"}
     return {"num_workers": number, "prefetch_factor": PREFETCH, **stay}
 
 
-def clocked(batch: Any) -> tuple[Any, int, float]:
-    """Anything with the clock of the process that made it."""
-    return batch, os.getpid(), time.process_time()
-
-
-def stamped(items: Sequence[TrainItem | SkippedSample]) -> Stamped:
+def stamped(items: Sequence[TrainItem]) -> Stamped:
     """A batch with the clock of the process that made it."""
-    return clocked(collate(items))
+    return collate(items), os.getpid(), time.process_time()
 
 
 def load_pictures(folder: Path | None, limit: int) -> list[bytes]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_sets import write_set
+from torch import Tensor
 
 from afa_core.config import DataConfig
-from afa_core.data.loading import load_batches
+from afa_core.data.loading import PREFETCH, load_batches
 from afa_core.data.order import SampleOrder, micro_batches
 from afa_core.data.sample import BadSample
 from afa_core.data.shard_reader import ShardReader
 from afa_core.data.shards import DatasetIndex, iterate_shard, shard_paths
-from afa_core.data.train_samples import TrainSamples, WorkerBatches, collate
-from afa_core.data.transforms import TrainItem, TrainTransform
+from afa_core.data.train_samples import FindShard, TrainBatch, TrainSamples, WorkerBatches, collate
+from afa_core.data.transforms import TrainItem, TrainTransform, make_crops
+from infra.errors import ServiceError
 
 CONFIG = DataConfig(crop_px=32)
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
@@ -77,18 +82,22 @@ def samples(folder: Path, index: DatasetIndex, *, global_batch: int = 4, seed: i
     return TrainSamples(order, paths.__getitem__, TrainTransform(CONFIG, index.classes), index.classes, CONFIG, seed)
 
 
-def test_loading_processes_and_a_late_start_change_nothing(tmp_path: Path) -> None:
-    """The batches of steps 3 to 9 are the same from the beginning or not, with or without loading processes."""
+def crops_of(batch: TrainBatch) -> Tensor:
+    return make_crops(batch.windows, batch.mirrored, batch.box, CONFIG.crop_px, torch.device("cpu"))
+
+
+def test_loading_threads_and_a_late_start_change_nothing(tmp_path: Path) -> None:
+    """The batches of steps 3 to 9 are the same from the beginning or not, with or without loading threads."""
     index = write_set(tmp_path, shards=3, samples=5)
     runs = []
-    for first_step, processes in ((0, 0), (3, 0), (3, 2)):
+    for first_step, threads in ((0, 0), (3, 0), (3, 3)):
         plan = WorkerBatches(first_step, 4, 2, rank=1, world_size=2)
-        batches = load_batches(samples(tmp_path, index), plan, 2, processes)
+        batches = load_batches(samples(tmp_path, index), plan, threads)
         runs.append(list(itertools.islice(batches, 3 - first_step, 10 - first_step)))
     for run in runs[1:]:
         for one, other in zip(runs[0], run, strict=True):
             assert one.keys == other.keys
-            assert torch.equal(one.image, other.image)
+            assert torch.equal(crops_of(one), crops_of(other))
             assert torch.equal(one.cls_label, other.cls_label)
             assert torch.equal(one.box, other.box)
 
@@ -110,26 +119,48 @@ def test_epochs_stay_exact_through_kills_and_other_numbers_of_workers(lives: lis
         assert len(set(drawn[17 * epoch : 17 * (epoch + 1)])) == 17
 
 
-def test_batches_that_are_kept_are_not_overwritten_by_later_ones(tmp_path: Path) -> None:
-    """Loading processes use a few places in memory over and over; skipped samples leave none of them in a batch."""
-    index = write_set(tmp_path, shards=3, samples=5, bad=1)
-    data = samples(tmp_path, index, global_batch=3)
-    plan = [list(range(start, start + 3)) for start in range(0, 90, 3)]
-    kept = list(load_batches(data, plan, 3, 2))
-    assert len(kept) == len(plan)
-    for numbers, batch in zip(plan, kept, strict=True):
-        expected = collate([data[number] for number in numbers])
-        assert batch.keys == expected.keys
-        assert batch.skipped == expected.skipped
-        assert torch.equal(batch.image, expected.image) or not expected.keys
+def test_threads_load_a_few_batches_ahead_and_no_more_once_nobody_asks(tmp_path: Path) -> None:
+    data, begun = samples(tmp_path, write_set(tmp_path)), itertools.count()
+    batches = load_batches(data, ([number] for number in begun), 2)
+    assert isinstance(batches, Generator)
+    for number, batch in enumerate(itertools.islice(batches, 50)):
+        assert batch.keys == data.batch([number]).keys
+    assert next(begun) == 50 + 2 * PREFETCH
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load") and not ended(thread)]
+
+
+def ended(thread: threading.Thread) -> bool:
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_what_goes_wrong_in_a_thread_is_raised_where_its_batch_was_due(tmp_path: Path) -> None:
+    index = write_set(tmp_path)
+    data = samples(tmp_path, index)
+    broken = TrainSamples(data.order, missing_after_two(data.find_shard), data.transform, index.classes, CONFIG, 1)
+    batches = load_batches(broken, ([number] for number in range(9)), 2)
+    with pytest.raises(ServiceError, match="no answer"):
+        list(batches)
+
+
+def missing_after_two(find_shard: FindShard) -> FindShard:
+    asked = itertools.count()
+
+    def find(number: int) -> Path:
+        if next(asked) >= 2:
+            raise ServiceError("no answer")
+        return find_shard(number)
+
+    return find
 
 
 def test_augmentation_differs_from_epoch_to_epoch(tmp_path: Path) -> None:
     index = write_set(tmp_path, shards=1, samples=1)
     data = samples(tmp_path, index, global_batch=1)
-    crops = [data[number] for number in range(3)]
-    assert len({item.key for item in crops if isinstance(item, TrainItem)}) == 1
-    assert not torch.equal(crops[0].box, crops[1].box) or not torch.equal(crops[1].box, crops[2].box)
+    items = [item for item in map(data.__getitem__, range(3)) if isinstance(item, TrainItem)]
+    assert len({item.key for item in items}) == 1
+    assert len({item.box for item in items}) > 1
 
 
 def test_bad_samples_keep_their_place_and_say_why(tmp_path: Path) -> None:
@@ -162,6 +193,11 @@ def test_random_access_reads_what_reading_in_order_does(tmp_path: Path) -> None:
         raw = reader.read(number)
         raw.pop("__url__", None)
         assert raw == in_order[number]
+    numbers = list(range(5)) * 400
+    with ThreadPoolExecutor(8) as pool:  # threads share the open file
+        for number, raw in zip(numbers, pool.map(reader.read, numbers), strict=True):
+            assert raw["__key__"] == in_order[number]["__key__"]
+            assert raw["json"] == in_order[number]["json"]
     with pytest.raises(BadSample, match="no sample 5"):
         reader.read(5)
 
@@ -170,14 +206,13 @@ def test_crops_come_with_the_box_of_the_picture(tmp_path: Path) -> None:
     index = write_set(tmp_path)
     data = samples(tmp_path, index)
     for number in range(40):
-        item = data[number]
-        assert isinstance(item, TrainItem)
-        y0, y1, x0, x1 = item.box.tolist()
-        assert item.image.shape == (32, 32, 3)
+        batch = data.batch([number])
+        [image], [[y0, y1, x0, x1]] = crops_of(batch), batch.box.tolist()
+        assert image.shape == (32, 32, 3)
         assert 0 <= y0 < y1 <= 32
         assert 0 <= x0 < x1 <= 32
         outside = torch.ones(32, 32, dtype=torch.bool)
         outside[y0:y1, x0:x1] = False
         if outside.any():
-            assert (item.image[outside] == torch.tensor([124, 116, 104])).all()  # padding is the mean colour
-        assert item.cls_label.tolist() == [0.0, 1.0]
+            assert (image[outside] == torch.tensor([124, 116, 104])).all()  # padding is the mean colour
+        assert batch.cls_label.tolist() == [[0.0, 1.0]]
