@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from afa_core.affinity import label_to_affinity_label
+from afa_core.backbone import kernels
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.data.transforms import denormalise_to_unit
 from afa_core.host_memory import return_free_memory
@@ -92,8 +93,8 @@ def training_step(
         return StepResult(cls + logits.unused, {"cls": cls}, phase)
     with mixed:
         label, refined_cam_label = _labels(model, batch, phase, cam_config, par_config)
-        if batch.image.device.type == "cpu":  # what the labels took is not kept beside what the gradient needs
-            return_free_memory()
+        if kernels.passes_alone(batch.image.shape[2:], batch.image.device):
+            return_free_memory()  # else what the labels of large pictures took stays beside what the gradient needs
         output: AFAOutput = forward(batch.image)
     affinity_label = label_to_affinity_label(refined_cam_label, output.backbone.grid, cam_config.affinity_radius)
     terms = {

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+
+import torch
 
 from afa_core.data.train_samples import TrainBatch, TrainSamples
 
@@ -33,14 +36,16 @@ def load_batches(
         batch = samples.batch(numbers)
         return batch.pin_memory() if pinned else batch
 
-    return _in_threads(load, plan, threads) if threads else map(load, plan)
+    return _in_threads(load, plan, threads, pinned) if threads else map(load, plan)
 
 
 def _in_threads(
-    load: Callable[[list[int]], TrainBatch], plan: Iterable[list[int]], threads: int
+    load: Callable[[list[int]], TrainBatch], plan: Iterable[list[int]], threads: int, pinned: bool
 ) -> Iterator[TrainBatch]:
     numbers = iter(plan)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="load")
+    # Memory is pinned for the GPU of the thread that pins it.
+    choose_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if pinned else None
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="load", initializer=choose_gpu)
     try:
         begun = deque(pool.submit(load, part) for part in islice(numbers, threads * PREFETCH))
         while begun:

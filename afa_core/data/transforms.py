@@ -163,14 +163,16 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     # Only a batch made of packed pixels is seen to be channels-last.
     packed = image.contiguous()[None].permute(0, 3, 1, 2)
-    return (_resized_bytes if image.device.type == "cpu" else _resized_floats)(packed, size)[0].permute(1, 2, 0)
+    filtered = _antialiased if image.device.type == "cpu" else _antialiased_in_floats
+    return filtered(packed, size)[0].permute(1, 2, 0)
 
 
-_resized_bytes = partial(F.interpolate, mode="bilinear", antialias=True)
+def _antialiased(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
-def _resized_floats(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    return _resized_bytes(pixels.float(), size).round().to(torch.uint8)
+def _antialiased_in_floats(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    return _antialiased(pixels.float(), size).round().to(torch.uint8)
 
 
 def _whole_pixels(side: int, target_side: int, window: slice) -> slice:

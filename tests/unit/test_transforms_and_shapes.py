@@ -19,7 +19,7 @@ from afa_core.data.shapes import draw
 from afa_core.data.transforms import (
     TrainItem,
     TrainTransform,
-    _resized_floats,
+    _antialiased_in_floats,
     denormalise_to_unit,
     make_crops,
     normalise,
@@ -143,7 +143,7 @@ def test_a_gpu_rescales_by_the_same_filter(height: int, width: int, other: int, 
     """It has none for bytes; floats are rounded where Pillow's filter on bytes rounds after each of its two passes."""
     image = torch.from_numpy(sample(height, width, seed).image)
     packed = image[None].permute(0, 3, 1, 2)
-    made = _resized_floats(packed, (other, another))[0].permute(1, 2, 0)
+    made = _antialiased_in_floats(packed, (other, another))[0].permute(1, 2, 0)
     assert (made.int() - resized(image, (other, another)).int()).abs().max() <= 1
 
 
