@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from afa_core.batch_norm import synchronise_batch_norm
 from afa_core.data.train_samples import TrainBatch
-from afa_core.data.transforms import make_crops, to_network_input
+from afa_core.data.transforms import to_network_input
 from afa_core.errors import InputError
 from afa_core.finite import NonFiniteStateError, check_finite_gradients
 from afa_core.model import build_model
@@ -242,7 +242,7 @@ class Worker:
         """A part on the device; where none of its samples could be used a blank one, which weighs nothing."""
         side = self.experiment.data.crop_px
         if part.keys:
-            crops = make_crops(part.windows, part.mirrored, part.box, side, self.device)
+            crops = part.crops(side, self.device)
             cls_label = part.cls_label.to(self.device, non_blocking=True)
             return Batch(to_network_input(crops, self.device), cls_label, part.box)
         return Batch(

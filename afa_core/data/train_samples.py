@@ -21,7 +21,7 @@ from afa_core.config import DataConfig
 from afa_core.data.order import SampleOrder, micro_batches
 from afa_core.data.sample import BadSample, NeededSize, Sample, decode_sample
 from afa_core.data.shard_reader import ShardReader
-from afa_core.data.transforms import Decode, TrainItem
+from afa_core.data.transforms import Decode, TrainItem, make_crops
 
 OPEN_SHARDS = 256
 
@@ -57,6 +57,10 @@ class TrainBatch:
     box: Tensor
     keys: tuple[str, ...]
     skipped: tuple[SkippedSample, ...]
+
+    def crops(self, crop_px: int, device: torch.device) -> Tensor:
+        """Crops uint8 [B, S, S, 3], made on the device."""
+        return make_crops(self.windows, self.mirrored, self.box, crop_px, device)
 
     def pin_memory(self) -> TrainBatch:
         """In memory that a GPU copies from while the processor goes on."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import litdata
+import torch
 
 from afa_core.config import DataConfig
 from afa_core.data.transforms import TrainItem, TrainTransform
-from pipelines.benchmarks.loader import CLASSES, FACTS, SEED, Stamped, augmented, crops_of, loading_processes, stamped
+from pipelines.benchmarks.loader import CLASSES, FACTS, SEED, Stamped, augmented, loading_processes, stamped
 
 
 class LitSamples(litdata.StreamingDataset):
@@ -48,4 +49,4 @@ def build_litdata_loader(folder: Path, config: DataConfig, batch_size: int, proc
 def stamped_crops(items: Sequence[TrainItem], crop_px: int) -> Stamped:
     """Crops, which are sent as one tensor, with the clock of the process that made them."""
     batch, process, _ = stamped(items)
-    return crops_of(batch, crop_px), process, time.process_time()
+    return batch.crops(crop_px, torch.device("cpu")), process, time.process_time()

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from afa_core.config import DataConfig
@@ -39,7 +38,7 @@ from afa_core.data.order import SampleOrder
 from afa_core.data.sample import decode_image, decode_sample, encode_sample
 from afa_core.data.shards import ShardWriter
 from afa_core.data.train_samples import TrainBatch, TrainSamples, collate
-from afa_core.data.transforms import TrainItem, TrainTransform, make_crops
+from afa_core.data.transforms import TrainItem, TrainTransform
 from afa_core.errors import InputError
 from pipelines.benchmarks.measure import Measurement, in_own_process
 
@@ -222,12 +221,7 @@ class Crops:
     def __call__(self) -> Iterator[Stamped]:
         """The crops, of all batches."""
         self.batches = self.batches or [batch for batch, _, _ in self.loader()]
-        return ((crops_of(batch, self.crop_px), os.getpid(), 0.0) for batch in self.batches)
-
-
-def crops_of(batch: TrainBatch, crop_px: int) -> Tensor:
-    """Crops of a batch, made by this process."""
-    return make_crops(batch.windows, batch.mirrored, batch.box, crop_px, torch.device("cpu"))
+        return ((batch.crops(self.crop_px, torch.device("cpu")), os.getpid(), 0.0) for batch in self.batches)
 
 
 def loading_processes(number: int) -> dict[str, Any]:

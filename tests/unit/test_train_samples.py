@@ -24,7 +24,7 @@ from afa_core.data.sample import BadSample
 from afa_core.data.shard_reader import ShardReader
 from afa_core.data.shards import DatasetIndex, iterate_shard, shard_paths
 from afa_core.data.train_samples import FindShard, TrainBatch, TrainSamples, WorkerBatches, collate
-from afa_core.data.transforms import TrainItem, TrainTransform, make_crops
+from afa_core.data.transforms import TrainItem, TrainTransform
 from infra.errors import ServiceError
 
 CONFIG = DataConfig(crop_px=32)
@@ -83,7 +83,7 @@ def samples(folder: Path, index: DatasetIndex, *, global_batch: int = 4, seed: i
 
 
 def crops_of(batch: TrainBatch) -> Tensor:
-    return make_crops(batch.windows, batch.mirrored, batch.box, CONFIG.crop_px, torch.device("cpu"))
+    return batch.crops(CONFIG.crop_px, torch.device("cpu"))
 
 
 def test_loading_threads_and_a_late_start_change_nothing(tmp_path: Path) -> None:
@@ -117,6 +117,20 @@ def test_epochs_stay_exact_through_kills_and_other_numbers_of_workers(lives: lis
     drawn = [place for at in range(step) for place in done[at]]
     for epoch in range(len(drawn) // 17):
         assert len(set(drawn[17 * epoch : 17 * (epoch + 1)])) == 17
+
+
+def test_batches_that_are_kept_are_not_overwritten_by_later_ones(tmp_path: Path) -> None:
+    """Nor do skipped samples leave anything of theirs in a batch."""
+    index = write_set(tmp_path, shards=3, samples=5, bad=1)
+    data = samples(tmp_path, index, global_batch=3)
+    plan = [list(range(start, start + 3)) for start in range(0, 90, 3)]
+    kept = list(load_batches(data, plan, 2))
+    assert len(kept) == len(plan)
+    for numbers, batch in zip(plan, kept, strict=True):
+        expected = collate([data[number] for number in numbers])
+        assert batch.keys == expected.keys
+        assert batch.skipped == expected.skipped
+        assert torch.equal(crops_of(batch), crops_of(expected)) or not expected.keys
 
 
 def test_threads_load_a_few_batches_ahead_and_no_more_once_nobody_asks(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from afa_core.classes import SHAPES
 from afa_core.config import DataConfig
 from afa_core.data.sample import NeededSize, Pixels, Sample
 from afa_core.data.shapes import draw
+from afa_core.data.train_samples import collate
 from afa_core.data.transforms import (
     TrainItem,
     TrainTransform,
     _antialiased_in_floats,
     denormalise_to_unit,
-    make_crops,
     normalise,
     resized,
     to_network_input,
@@ -36,7 +36,7 @@ def sample(height: int, width: int, seed: int = 0) -> Sample:
 
 def crop_of(item: TrainItem, crop_px: int) -> Tensor:
     """The crop uint8 [S, S, 3] of one sample."""
-    return make_crops([item.window], [item.mirrored], torch.tensor([item.box]), crop_px, torch.device("cpu"))[0]
+    return collate([item]).crops(crop_px, torch.device("cpu"))[0]
 
 
 @settings(deadline=None, max_examples=60)
