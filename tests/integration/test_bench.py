@@ -27,6 +27,14 @@ def test_a_part_is_measured_against_its_plain_form_and_files_are_compared(
     assert "1.00 times as fast" in capsys.readouterr().out
 
 
+def test_loading_is_measured_against_the_bare_decoder(tmp_path: Path) -> None:
+    file = tmp_path / "loader.json"
+    afa("bench", "loader", "--limit", 16, "--crop-px", 64, "--repetitions", 1, "--json", file)
+    measured = {item["name"]: item for item in json.loads(file.read_text())["measurements"]}
+    assert {"bare decoder", "shards, in process", "shards, 2 loading", "crops alone, rescaled"} <= measured.keys()
+    assert all(item["images"] == 16 and item["median_s"] > 0 for item in measured.values())
+
+
 def test_a_wrong_model_is_one_line() -> None:
     (line,) = (line for line in afa("bench", "par", "--backbone", "mit_b9", status=2).splitlines() if "error" in line)
     assert line.startswith("error:")
