@@ -12,8 +12,9 @@ from afa_core.config import CamConfig
 from afa_core.model import AFANet
 from afa_core.packing import Packing
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, prepare
+from pipelines.benchmarks.cases import PUBLISHED, Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
+from pipelines.benchmarks.published_code import PublishedCode
 
 SCALES = CamConfig().scales
 
@@ -28,7 +29,10 @@ def run(arguments: argparse.Namespace) -> list[Measurement]:
 def measure(size: Size, form: str, repetitions: int) -> Measurement:
     """One form, in this process; its operations are those of the encoder, the least there is to do."""
     model, batch = prepare(size)
-    if form == "plain":
+    if form == PUBLISHED:
+        code = PublishedCode(size.published, size.backbone, model)
+        seconds = repeat(lambda: code.multi_scale_cam(batch.image), repetitions)
+    elif form == "plain":
         plain_form.use_plain_kernels()
         seconds = repeat(lambda: plain_form.multi_scale_cam(model, batch.image, SCALES), repetitions)
     else:

@@ -12,11 +12,13 @@ from afa_core.config import ModelConfig
 from afa_core.model import AFANet, build_model
 from afa_core.step import Batch
 from pipelines.benchmarks.measure import Case, Measurement, in_turns
+from pipelines.benchmarks.published_code import check_clone
 from pipelines.errors import UsageError
 
 # At the CAM's half scale the finest grid still has to hold the first stage's reduction.
 SMALLEST_CROP_PX = 64
 FORMS = ("plain", "here")
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Size:
     bfloat16: bool = False
     gradient_checkpointing: bool = False
     compiled: bool = False
+    published: str = ""  # folder of a clone of the published code
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +49,9 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--classes", type=int, default=20, help="foreground classes")
     parser.add_argument("--tags", type=int, default=2, help="labelled classes of a picture")
+    parser.add_argument(
+        "--published", default="", metavar="FOLDER", help="measure the published code in this clone, too"
+    )
     parser.add_argument("--threads", type=int, default=0, help="default: one a processor")
     parser.add_argument("--repetitions", type=int, default=3, help="counted calls of a case and round")
     parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
@@ -57,7 +63,8 @@ def forms_in_turns(
     arguments: argparse.Namespace,
     forms: Sequence[str] = FORMS,
 ) -> list[Measurement]:
-    """Measure the forms of a part of the step, for every crop that was asked for."""
+    """Measure the forms of a part of the step, for every crop that was asked for, the published code's first."""
+    forms = [PUBLISHED, *forms] if arguments.published else forms
     cases = [
         Case(f"{part}/{size.crop_px}/{form}", measure, (size, form, arguments.repetitions))
         for size in sizes_from(arguments)
@@ -70,8 +77,10 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
     """A size for every crop that was asked for.
 
     Raises:
-        UsageError: a number is too small.
+        UsageError: a number is too small, or the published code is not where it was said to be.
     """
+    if arguments.published:
+        check_clone(arguments.published)
     for option, value, least in (
         *(("crop", crop_px, SMALLEST_CROP_PX) for crop_px in arguments.crop),
         ("batch", arguments.batch, 1),
@@ -93,6 +102,7 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
             bfloat16=getattr(arguments, "bfloat16", False),
             gradient_checkpointing=getattr(arguments, "gradient_checkpointing", False),
             compiled=getattr(arguments, "compiled", False),
+            published=arguments.published,
         )
         for crop_px in arguments.crop
     ]

@@ -12,8 +12,9 @@ from afa_core.data.transforms import denormalise_to_unit
 from afa_core.packing import Packing
 from afa_core.pseudo_label import ShrunkenCrops, refine_affinity, refine_cam
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import Size, add_size_arguments, forms_in_turns, prepare
+from pipelines.benchmarks.cases import PUBLISHED, Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
+from pipelines.benchmarks.published_code import PublishedCode
 
 CAM, PAR = CamConfig(), ParConfig()
 FLOAT_BYTES = 4
@@ -29,7 +30,8 @@ def run(arguments: argparse.Namespace) -> list[Measurement]:
 @torch.no_grad()
 def measure(size: Size, form: str, repetitions: int) -> Measurement:
     """One form, in this process; walk along the affinity and labels included, as in a step."""
-    _, batch = prepare(size)
+    model, batch = prepare(size)
+    code = PublishedCode(size.published, size.backbone, model) if form == PUBLISHED else None
     labelled = Packing.of(batch.cls_label)
     side = int(max(CAM.scales) * size.crop_px) // 16
     cam = torch.rand(size.batch, size.classes, size.crop_px, size.crop_px, device=size.device)
@@ -38,6 +40,9 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
     scores = (CAM.background_score_low, CAM.background_score_high)
 
     def refine() -> None:
+        if code:
+            code.refine(batch, cam, affinity)
+            return
         if form == "plain":
             plain_form.refine(batch, cam, affinity, (side, side), CAM, PAR)
             return

@@ -10,8 +10,9 @@ import torch
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.step import training_step
 from pipelines.benchmarks import plain_form
-from pipelines.benchmarks.cases import FORMS, Size, add_size_arguments, forms_in_turns, prepare
+from pipelines.benchmarks.cases import FORMS, PUBLISHED, Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
+from pipelines.benchmarks.published_code import PublishedCode
 from pipelines.speed import SpeedConfig, apply_speed
 
 # Step 0 is in the phase that all labels are made in.
@@ -37,7 +38,16 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
     model, batch = prepare(size)
     model.train()
     iterate: Any
-    if form == "plain":
+    if form == PUBLISHED:
+        code = PublishedCode(size.published, size.backbone, model)
+        code.model.train()
+
+        def iterate() -> None:
+            code.model.zero_grad()
+            with torch.autocast(size.device.type, torch.bfloat16, enabled=size.bfloat16):
+                loss = code.training_loss(batch)
+            loss.backward()
+    elif form == "plain":
         plain_form.use_plain_kernels()
 
         def iterate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_the_plain_form_that_benchmarks_measure_against_is_the_published_one(pat
     assert (refined_affinity.numpy() != case.expected["refined_affinity_label"]).mean() <= 1e-3
     loss = plain_form.training_loss(case.model, batch, *configs, check.PAIRWISE)
     assert float(loss.detach()) == pytest.approx(float(case.expected["loss_total"]), rel=1e-4)
+
+
+@pytest.mark.skipif("AFA_PUBLISHED_CODE" not in os.environ, reason="needs a clone of the published code")
+@pytest.mark.parametrize("side", ["128", "320"])
+def test_labels_losses_and_gradients_are_those_of_the_published_code(side: str) -> None:
+    command = [sys.executable, str(FOLDER / "against_published.py"), os.environ["AFA_PUBLISHED_CODE"], "--side", side]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 def test_check_fails_on_a_wrong_tensor(tmp_path: Path) -> None:
