@@ -28,6 +28,7 @@ from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_t
 from afa_core.config import LabelConfig
 from afa_core.crf import CrfConfig
 from afa_core.data.transforms import denormalise_to_unit, resized, to_network_input, to_pixels
+from afa_core.host_memory import return_free_memory_if_grown
 from afa_core.packing import Packing, strongest
 from afa_core.picture_label import Opinions, PictureLabel, describe
 from afa_core.pseudo_label import (
@@ -154,6 +155,7 @@ class _Batch:
 def _run(
     bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
 ) -> _Batch:
+    return_free_memory_if_grown()  # pictures of ever new sizes would make it grow without end
     height, width = pictures[0].image.shape[:2]
     scales = config.scales or bundle.cam_config.scales
     image = _network_input(bundle, pictures, scales)

@@ -31,6 +31,7 @@ from afa_core.data.sample import Sample
 from afa_core.data.shards import iterate_samples
 from afa_core.data.transforms import denormalise_to_unit, to_network_input
 from afa_core.errors import InputError
+from afa_core.host_memory import return_free_memory_if_grown
 from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
@@ -150,6 +151,7 @@ def _score_batch(
     par_config: ParConfig,
     scores: Scores,
 ) -> ScoredBatch:
+    return_free_memory_if_grown()
     device = next(model.parameters()).device
     image = to_network_input(torch.from_numpy(np.stack([sample.image for sample in batch])), device)
     image = pad_small(image, cam_config.scales)

@@ -7,9 +7,10 @@ The exact way is for small pictures, where speed does not matter and golden tens
 divides each class's map by its own maximum, and for a class that is hardly there this blows the rounding of another
 order (1e-7 in a feature) up beyond 1e-5. Labelled classes stay within it either way (docs/decisions/kernels.md).
 
-On the CPU the fast way is oneDNN's product, which reaches twice the rate of MKL's on processors that are not
-Intel's, and attention in pieces that stay in the cache, which is ahead of torch's own fused one. With a gradient, and
-on the GPU, attention is torch's fused one.
+On the CPU the fast way works in pieces that stay in the cache, in attention, too, where it is ahead of torch's fused
+one. Products are oneDNN's on processors that are not Intel's: it reaches twice the rate of MKL's there, torch's own
+choice. On Intel's both are as fast, and MKL does not keep half a MiB for every size. With a gradient, and on the GPU,
+attention is torch's fused one.
 
 Shapes: B images, N queries, M keys, n heads of d channels.
 """
@@ -17,7 +18,9 @@ Shapes: B images, N queries, M keys, n heads of d channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,14 +45,14 @@ def passes_alone(size: tuple[int, ...], device: torch.device) -> bool:
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, *, fast: bool) -> Tensor:
     """x W^T + b: [..., c] with weights [k, c] -> [..., k]."""
-    if takes_onednn(tokens, fast=fast):
-        return _OneDnnLinear.apply(tokens, weight, bias) if torch.is_grad_enabled() else _product(tokens, weight, bias)
+    if works_in_pieces(tokens, fast=fast):
+        return _Linear.apply(tokens, weight, bias) if torch.is_grad_enabled() else _product(tokens, weight, bias)
     return F.linear(tokens, weight, bias)
 
 
 def similarity(query: Tensor, key: Tensor) -> Tensor:
     """Q K^T of [B, N, d] and [B, M, d] -> [B, N, M]."""
-    if takes_onednn(query, fast=True):
+    if works_in_pieces(query, fast=True):
         return torch.stack([linear(rows, columns, None, fast=True) for rows, columns in zip(query, key, strict=True)])
     return query @ key.transpose(1, 2)
 
@@ -58,7 +61,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, fast: bool) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V of [B, n, N, d], [B, n, M, d], [B, n, M, d] -> [B, n, N, d]."""
     if not fast:
         return ((query @ key.transpose(2, 3)) * query.shape[3] ** -0.5).softmax(dim=3) @ value
-    if takes_onednn(query, fast=fast) and not torch.is_grad_enabled():
+    if works_in_pieces(query, fast=fast) and not torch.is_grad_enabled():
         return _attend_in_pieces(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
@@ -93,10 +96,10 @@ def recomputed(function: Callable[[Tensor], Tensor], tokens: Tensor, *parameters
     return function(tokens)
 
 
-def takes_onednn(tokens: Tensor, *, fast: bool) -> bool:
-    """Whether the fast way is oneDNN's here; layers then also work in pieces that stay in the cache.
+def works_in_pieces(tokens: Tensor, *, fast: bool) -> bool:
+    """Whether the fast way is that of the CPU here: pieces that stay in the cache, and its own choice of products.
 
-    Not under torch.compile, which makes products of its own and has no code for this one with weights that train.
+    Not under torch.compile, which makes products of its own and has no code for oneDNN's with weights that train.
     """
     return (
         fast
@@ -104,18 +107,30 @@ def takes_onednn(tokens: Tensor, *, fast: bool) -> bool:
         and tokens.device.type == "cpu"
         and tokens.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@lru_cache
+def onednn_is_faster() -> bool:
+    """Whether products are oneDNN's: where it is to be had, and MKL is not at home."""
+    cpu_facts = Path("/proc/cpuinfo")
+    intel = cpu_facts.exists() and "GenuineIntel" in cpu_facts.read_text()
+    return (
+        not (intel and torch.backends.mkl.is_available())
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN's x W^T + b. Weights must be dense, transposed or not: with gaps it takes a slow path."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    """x W^T + b. Weights must be dense, transposed or not: with gaps oneDNN takes a slow path."""
+    if onednn_is_faster():
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return F.linear(rows, weight, bias)
 
 
-class _OneDnnLinear(torch.autograd.Function):
-    """A linear map whose three products, forward and backward, are oneDNN's."""
+class _Linear(torch.autograd.Function):
+    """A linear map whose three products, forward and backward, are those of ``_product``."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -118,7 +118,7 @@ class MixFeedForward(nn.Module):
 
     def forward(self, tokens: Tensor, norm: nn.LayerNorm, grid: tuple[int, int], *, fast: bool) -> Tensor:
         """Tokens [B, N, c], which are normalised first, -> [B, N, c]."""
-        if kernels.takes_onednn(tokens, fast=fast):
+        if kernels.works_in_pieces(tokens, fast=fast):
             strips = [strip for image in tokens.unflatten(1, grid).split(1) for strip in self._strips(image, norm)]
             return torch.cat(strips).view_as(tokens)
         return self._mix(norm(tokens).unflatten(1, grid), 0, 0, fast).flatten(1, 2)

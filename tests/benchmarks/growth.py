@@ -1,15 +1,17 @@
 """Time and memory of label, verify-labels and export as a store grows: ``PYTHONPATH=tests python
-tests/benchmarks/growth.py 256 1024 4096``.
+tests/benchmarks/growth.py 256 1024 4096``, and of photographs' sizes, each another: ``... --sizes 64 128 256``.
 
-Tiny pictures and an untrained model: what is measured is what each picture costs beside the network. A line of JSON for
-each store.
+Tiny pictures and an untrained model: what is measured is what each picture costs beside the network; with ``--sizes``
+mit_b0 at three scales, and what ever new sizes cost. A line of JSON for each store.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+import random
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 from commands import afa_command
 from labelling import picture
+from PIL import Image
 from processes import descendants
 
 from afa_core.checkpoint import save_bundle
@@ -26,6 +29,7 @@ from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
 from afa_core.model import build_model
 
 SIZE_PX = 32
+SIDES_PX = (260, 512)  # of pictures of ever new sizes
 FOLDERS = 16
 DRAWN = 64
 WORKER = "ray::MapWorker"
@@ -40,13 +44,27 @@ def write_store(folder: Path, pictures: int) -> None:
         path.write_bytes(b"no picture" if index % 100 == 99 else drawn[index % DRAWN])
 
 
-def write_bundle(folder: Path) -> None:
-    """The smallest model there is."""
-    config = ModelConfig(backbone="mit_tiny", decoder_channels=16)
-    cam, par = CamConfig(scales=(1.0,), affinity_radius=2), ParConfig(dilations=(1,), iterations=1)
+def write_sizes(folder: Path, pictures: int) -> None:
+    """So many pictures, hardly two of one size."""
+    folder.mkdir()
+    sides = random.Random(0)
+    largest = Image.open(io.BytesIO(picture(0, SIDES_PX[1])))
+    for index in range(pictures):
+        size = (sides.randint(*SIDES_PX), sides.randint(*SIDES_PX)) if index else largest.size
+        largest.resize(size).convert("RGB").save(folder / f"{index:05d}.jpg")
+
+
+def write_bundle(folder: Path, *, smallest: bool) -> None:
+    """The smallest model there is, or mit_b0."""
+    if smallest:
+        config = ModelConfig(backbone="mit_tiny", decoder_channels=16)
+        cam, par = CamConfig(scales=(1.0,), affinity_radius=2), ParConfig(dilations=(1,), iterations=1)
+    else:
+        config, cam, par = ModelConfig(backbone="mit_b0"), CamConfig(), ParConfig()
+    label = LabelConfig(max_side_px=64) if smallest else LabelConfig()
     torch.manual_seed(0)
     folder.mkdir()
-    save_bundle(folder, build_model(config, len(SHAPES)), SHAPES, config, cam, par, LabelConfig(max_side_px=64))
+    save_bundle(folder, build_model(config, len(SHAPES)), SHAPES, config, cam, par, label)
 
 
 def peak_mib(pid: int) -> int:
@@ -81,12 +99,12 @@ def measured(*words: object) -> dict[str, float]:
     return {name: value for name, value in facts.items() if value}
 
 
-def main(pictures: int) -> None:
+def main(pictures: int, *, sizes: bool) -> None:
     """Label, verify and export one store."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_store(folder / "store", pictures)
-        write_bundle(folder / "bundle")
+        (write_sizes if sizes else write_store)(folder / "store", pictures)
+        write_bundle(folder / "bundle", smallest=not sizes)
         commands = {
             "label": ["--model", folder / "bundle", "--input", folder / "store", "--output", folder / "out"],
             "verify-labels": [folder / "out"],
@@ -97,5 +115,9 @@ def main(pictures: int) -> None:
 
 
 if __name__ == "__main__":
-    for number in sys.argv[1:]:
-        main(int(number))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pictures", type=int, nargs="+")
+    parser.add_argument("--sizes", action="store_true", help="photographs' sizes, each another")
+    arguments = parser.parse_args()
+    for number in arguments.pictures:
+        main(number, sizes=arguments.sizes)

@@ -28,6 +28,16 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
+@pytest.fixture(params=["onednn", "mkl"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose products are taken: the one or the other is on this machine."""
+    if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: request.param == "onednn")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("products")
 def test_a_fast_product_and_its_gradients_are_those_of_a_linear_layer() -> None:
     torch.manual_seed(0)
     tokens, weight, bias = torch.randn(2, 5, 7, 24), torch.randn(40, 24), torch.randn(40)
@@ -48,6 +58,7 @@ def test_fast_products_are_left_to_torch_where_onednn_has_none() -> None:
         assert kernels.linear(tokens.float(), weight.float(), None, fast=True).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("products")
 def test_under_torch_compile_products_are_torchs_own() -> None:
     """Its compiler stops at oneDNN's with an error, of weights that are no constants."""
     operations: list[str] = []
@@ -63,6 +74,7 @@ def test_under_torch_compile_products_are_torchs_own() -> None:
     assert not [operation for operation in operations if "mkldnn" in operation]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("shape", [(2, 3, 50, 8, 11), (1, 1, 700, 16, 1200)])
 def test_attention_in_pieces_is_attention(
     shape: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch
@@ -114,6 +126,7 @@ def test_the_plain_form_keeps_the_logits_of_attention_on_the_grid_of_its_keys(si
     torch.testing.assert_close(kept.reshape(2, 3, side**2, side**2), keys_first)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("norm_trained", [False, True])
 def test_a_feed_forward_in_strips_is_the_whole_with_its_gradients(
     norm_trained: bool, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +149,7 @@ def test_a_feed_forward_in_strips_is_the_whole_with_its_gradients(
         torch.testing.assert_close(strips, exact, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("products")
 def test_fast_passes_keep_the_tolerances(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and logits 1e-4 relative, maps of labelled classes and affinity 1e-5, gradients 1e-3."""
     torch.manual_seed(0)
