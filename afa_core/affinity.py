@@ -24,13 +24,17 @@ from afa_core.classes import IGNORE_INDEX
 COLUMN_EPSILON = 0.1
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # of pictures of 512 pixels each has 5 MiB
 def window_mask(grid: tuple[int, int], radius: int) -> Tensor:
     """Boolean [N, N]: pairs of tokens at most ``radius`` rows and ``radius`` columns apart."""
-    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
-    columns = torch.arange(grid[1]).repeat(grid[0])
-    near_rows = (rows[:, None] - rows).abs() <= radius
-    return near_rows & ((columns[:, None] - columns).abs() <= radius)
+    rows, columns = (_near(side, radius) for side in grid)
+    tokens = grid[0] * grid[1]
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(tokens, tokens)
+
+
+def _near(side: int, radius: int) -> Tensor:
+    places = torch.arange(side)
+    return (places[:, None] - places).abs() <= radius
 
 
 def label_to_affinity_label(label: Tensor, grid: tuple[int, int], radius: int) -> Tensor:

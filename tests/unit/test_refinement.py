@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +79,15 @@ def test_window_holds_the_pairs_within_the_radius(height: int, width: int, radiu
         for b in range(height * width):
             near = abs(a // width - b // width) <= radius and abs(a % width - b % width) <= radius
             assert bool(mask[a, b]) == near
+
+
+def test_windows_of_ever_new_grids_are_not_all_kept() -> None:
+    """A store with pictures of many sizes has hundreds of them, 5 MiB each."""
+    first = weakref.ref(window_mask((48, 20), 8))
+    assert first() is window_mask((48, 20), 8)
+    for width in range(21, 31):
+        window_mask((48, width), 8)
+    assert first() is None
 
 
 def test_affinity_label_of_a_small_map() -> None:
