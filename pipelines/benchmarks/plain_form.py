@@ -4,7 +4,8 @@ Whole forward passes for every CAM scale, decoder included; affinity by a convol
 mirrors too; attention spelled out, with a copy of every block's logits kept, pooled over the grid of its queries; PAR
 four times a step and picture by picture, its neighbours gathered and its colour kernel derived anew each time; the
 decoder on the concatenation of all stages. Written from the paper, from a list of what the release does beyond it, and
-from this project's own parts, and tested against them. It takes the release's memory, and less than its time.
+from this project's own parts, and tested against them. It takes the time and the memory of the release
+(docs/performance.md).
 
 Shapes: as in ``afa_core``.
 """
