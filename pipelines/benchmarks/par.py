@@ -42,13 +42,12 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
     def refine() -> None:
         if code:
             code.refine(batch, cam, affinity)
-            return
-        if form == "plain":
+        elif form == "plain":
             plain_form.refine(batch, cam, affinity, (side, side), CAM, PAR)
-            return
-        crops = ShrunkenCrops(denormalise_to_unit(batch.image), PAR)
-        refine_cam(crops, maps, batch.boxes, scores)
-        refine_affinity(crops, maps, batch.boxes, scores, CAM)
+        else:
+            crops = ShrunkenCrops(denormalise_to_unit(batch.image), PAR)
+            refine_cam(crops, maps, batch.boxes, scores)
+            refine_affinity(crops, maps, batch.boxes, scores, CAM)
 
     return Measurement(
         name=form,

@@ -2,7 +2,8 @@
 
 None of it is part of this project, whose licence it does not share. Its network, its CAM, its random walk and its PAR
 are imported from the clone and called in the order of its training script, with the weights of this project's model.
-What it imports besides torch and numpy need not be installed: a step uses none of it but the few parts given here.
+What the script does between the calls is written out here, not called in afa_core: the two are compared. What it
+imports besides torch and numpy need not be installed: a step uses none of it but the few parts given here.
 
 Shapes: as in ``afa_core``.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from afa_core.affinity import window_mask
 from afa_core.backbone.mit import SIZES
 from afa_core.backbone.stochastic_depth import StochasticDepth
+from afa_core.cam import resize
 from afa_core.classes import IGNORE_INDEX
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.model import AFANet
@@ -69,9 +71,12 @@ class PublishedCode:
         Raises:
             UsageError: the folder does not hold the code, or the code has no such backbone.
         """
-        network, self.maps, self.losses, images, refinement = (
-            _import(folder, name)
-            for name in ("wetr.model_attn_aff", "utils.camutils", "utils.losses", "utils.imutils", "wetr.PAR")
+        check_clone(folder)
+        sys.path.insert(0, folder)
+        _stand_in()
+        network, self.maps, self.losses, images, refinement = map(
+            importlib.import_module,
+            ("wetr.model_attn_aff", "utils.camutils", "utils.losses", "utils.imutils", "wetr.PAR"),
         )
         device = own.classifier.weight.device
         self.unit = images.denormalize_img2
@@ -87,7 +92,7 @@ class PublishedCode:
         near = window_mask((side, side), CAM.affinity_radius).numpy()
         affinity_label = self.maps.cams_to_affinity_label(refined_cam, mask=near, ignore_index=IGNORE_INDEX)
         aff, _, _ = self.losses.get_aff_loss(affinity, affinity_label)
-        seg_logits = F.interpolate(seg_logits, size=refined_cam.shape[1:], mode="bilinear", align_corners=False)
+        seg_logits = resize(seg_logits, refined_cam.shape[1:])
         seg = self.losses.get_seg_loss(seg_logits, refined_affinity.long(), ignore_index=IGNORE_INDEX)
         cls = F.multilabel_soft_margin_loss(class_logits, batch.cls_label)
         loss: Tensor = cls + LOSS.segmentation_weight * seg + LOSS.affinity_weight * aff
@@ -106,14 +111,14 @@ class PublishedCode:
         side = int(size[0] * max(CAM.scales)) // 16
         near = window_mask((side, side), CAM.affinity_radius).numpy()
         valid_cam, _ = tools.cam_to_label(cam, cls_label=batch.cls_label, img_box=boxes, ignore_mid=True, cfg=SETTINGS)
-        small = F.interpolate(valid_cam, size=(side, side), mode="bilinear", align_corners=False)
+        small = resize(valid_cam, (side, side))
         with_background = torch.cat([torch.ones_like(batch.cls_label[:, :1]), batch.cls_label], dim=1)
         found = []
         for score in (CAM.background_score_low, CAM.background_score_high):
             walked = tools.propagte_aff_cam_with_bkg(
                 small, aff=affinity.clone(), mask=near, cls_labels=batch.cls_label, bkg_score=score
             )
-            walked = F.interpolate(walked, size=size, mode="bilinear", align_corners=False)
+            walked = resize(walked, size)
             refined = tools.refine_cams_with_cls_label(
                 self.par, unit, cams=walked, labels=with_background, img_box=boxes
             )
@@ -149,14 +154,6 @@ def check_clone(folder: str) -> None:
     """
     if not (Path(folder) / "wetr" / "model_attn_aff.py").is_file():
         raise UsageError(f"--published {folder}: must be a clone of github.com/rulixiang/afa")
-
-
-def _import(folder: str, name: str) -> ModuleType:
-    check_clone(folder)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-        _stand_in()
-    return importlib.import_module(name)
 
 
 def _stand_in() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from afa_core.config import CamConfig, LossConfig, ParConfig
 from afa_core.step import training_step
@@ -37,31 +38,32 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
     """One form, in this process."""
     model, batch = prepare(size)
     model.train()
-    iterate: Any
+    network: nn.Module = model
+    mixed = torch.autocast(size.device.type, torch.bfloat16, enabled=size.bfloat16)
+    loss: Callable[[], Tensor]
     if form == PUBLISHED:
         code = PublishedCode(size.published, size.backbone, model)
-        code.model.train()
+        network = code.model.train()
 
-        def iterate() -> None:
-            code.model.zero_grad()
-            with torch.autocast(size.device.type, torch.bfloat16, enabled=size.bfloat16):
-                loss = code.training_loss(batch)
-            loss.backward()
+        def loss() -> Tensor:
+            with mixed:
+                return code.training_loss(batch)
     elif form == "plain":
         plain_form.use_plain_kernels()
 
-        def iterate() -> None:
-            model.zero_grad()
-            with torch.autocast(size.device.type, torch.bfloat16, enabled=size.bfloat16):
-                loss = plain_form.training_loss(model, batch, CamConfig(), ParConfig(), LOSS)
-            loss.backward()
+        def loss() -> Tensor:
+            with mixed:
+                return plain_form.training_loss(model, batch, CamConfig(), ParConfig(), LOSS)
     else:
         speed = SpeedConfig(compile=size.compiled, gradient_checkpointing=size.gradient_checkpointing)
         apply_speed(speed, model.backbone)
 
-        def iterate() -> None:
-            model.zero_grad()
-            training_step(model, batch, 0, CamConfig(), ParConfig(), LOSS, bfloat16=size.bfloat16).loss.backward()
+        def loss() -> Tensor:
+            return training_step(model, batch, 0, CamConfig(), ParConfig(), LOSS, bfloat16=size.bfloat16).loss
+
+    def iterate() -> None:
+        network.zero_grad()
+        loss().backward()
 
     seconds = repeat(iterate, repetitions)
     return Measurement(name=form, seconds=seconds, images=size.batch, peak_mib=peak_mib())

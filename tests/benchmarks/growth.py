@@ -59,9 +59,9 @@ def write_bundle(folder: Path, *, smallest: bool) -> None:
     if smallest:
         config = ModelConfig(backbone="mit_tiny", decoder_channels=16)
         cam, par = CamConfig(scales=(1.0,), affinity_radius=2), ParConfig(dilations=(1,), iterations=1)
+        label = LabelConfig(max_side_px=64)
     else:
-        config, cam, par = ModelConfig(backbone="mit_b0"), CamConfig(), ParConfig()
-    label = LabelConfig(max_side_px=64) if smallest else LabelConfig()
+        config, cam, par, label = ModelConfig(backbone="mit_b0"), CamConfig(), ParConfig(), LabelConfig()
     torch.manual_seed(0)
     folder.mkdir()
     save_bundle(folder, build_model(config, len(SHAPES)), SHAPES, config, cam, par, label)

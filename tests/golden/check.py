@@ -83,6 +83,16 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], float], float]] = {
 }
 
 
+def compare(name: str, kind: str, actual: Tensor, expected: Tensor) -> Check:
+    """One tensor against the published one; where that is not a number, ours must be one."""
+    if expected.is_floating_point() and expected.isnan().any():
+        return Check(f"{name} (published: NaN)", "finite", 0.0 if actual.isfinite().all() else 1.0, 0.0)
+    error, tolerance = KINDS[kind]
+    same_shape = tuple(actual.shape) == tuple(expected.shape)
+    worst = error(actual.double(), expected.double()) if same_shape else float("inf")
+    return Check(name, kind, worst, tolerance)
+
+
 class Case:
     """A golden file and what this project computes for it."""
 
@@ -90,7 +100,7 @@ class Case:
         match = re.match(r"case-(b[0-5])-", path.name)
         if match is None:
             raise SystemExit(f"{path.name}: the name must begin with case-b0- .. case-b5-, it says the architecture")
-        arch = f"mit_{match[1]}"
+        self.arch = arch = f"mit_{match[1]}"
         self.expected = dict(np.load(path, allow_pickle=False))
         self.cam_config = CamConfig(scales=scales, affinity_radius=radius)
         self.par_config = ParConfig()
@@ -117,13 +127,7 @@ class Case:
                 continue
             unknown.discard(name)
             expected = torch.from_numpy(np.asarray(self.expected[name]))
-            if expected.is_floating_point() and expected.isnan().any():
-                yield Check(f"{name} (published: NaN)", "finite", 0.0 if actual.isfinite().all() else 1.0, 0.0)
-                continue
-            error, tolerance = KINDS[kind]
-            same_shape = tuple(actual.shape) == tuple(expected.shape)
-            worst = error(actual.double(), expected.double()) if same_shape else float("inf")
-            yield Check(name, kind, worst, tolerance)
+            yield compare(name, kind, actual, expected)
         for name in sorted(unknown):
             yield Check(f"{name} (not computed)", "missing", float("inf"), 0.0)
 
