@@ -74,7 +74,7 @@ def forward(model: AFANet, image: Tensor) -> tuple[BackboneOutput, Tensor, Tenso
     features = model.backbone(image)
     logits = features.attention_logits
     weight = model.affinity_head.head_weight[None, :, None, None]
-    affinity = F.conv2d(logits + logits.transpose(2, 3), weight, model.affinity_head.bias[None])[:, 0].sigmoid()
+    affinity = F.conv2d(logits + logits.transpose(2, 3), weight, model.affinity_head.bias[None])[:, 0].sigmoid().float()
     return features, decode(model, features.features), affinity
 
 

@@ -27,6 +27,10 @@ def test_a_part_is_measured_against_its_plain_form_and_files_are_compared(
     assert "1.00 times as fast" in capsys.readouterr().out
 
 
+def test_a_step_is_measured_under_autocast() -> None:
+    assert "times as fast as step/64/plain" in afa("bench", "step", *SMALL, "--bfloat16")
+
+
 def test_loading_is_measured_against_the_bare_decoder(tmp_path: Path) -> None:
     file = tmp_path / "loader.json"
     afa("bench", "loader", "--limit", 16, "--crop-px", 64, "--repetitions", 1, "--json", file)
