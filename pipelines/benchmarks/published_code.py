@@ -88,7 +88,8 @@ class PublishedCode:
         side = batch.image.shape[2] // 16
         class_logits, seg_logits, _, affinity = self.model(batch.image)
         cam, affinity_matrix = self.multi_scale_cam(batch.image)
-        refined_cam, refined_affinity = self.refine(batch, cam, affinity_matrix)
+        with torch.autocast(batch.image.device.type, enabled=False):  # its walk and PAR stop at 16 bit with an error
+            refined_cam, refined_affinity = self.refine(batch, cam.float(), affinity_matrix.float())
         near = window_mask((side, side), CAM.affinity_radius).numpy()
         affinity_label = self.maps.cams_to_affinity_label(refined_cam, mask=near, ignore_index=IGNORE_INDEX)
         aff, _, _ = self.losses.get_aff_loss(affinity, affinity_label)
