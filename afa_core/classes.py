@@ -79,7 +79,9 @@ def check_classes(classes: Iterable[str]) -> tuple[str, ...]:
 def tags_to_cls_label(tags: Iterable[str], classes: Sequence[str]) -> Tensor:
     """Multi-hot float vector [F] of the tags; tags outside the list are left out."""
     cls_label = np.zeros(len(classes), np.float32)
-    cls_label[[classes.index(tag) for tag in tags if tag in classes]] = 1
+    for tag in tags:
+        if tag in classes:
+            cls_label[classes.index(tag)] = 1
     return torch.from_numpy(cls_label)
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from afa_core.config import DataConfig
+from afa_core.data.draws import Draws
 from afa_core.data.order import SampleOrder, micro_batches
 from afa_core.data.sample import BadSample, NeededSize, Sample, decode_sample
 from afa_core.data.shard_reader import ShardReader
@@ -25,7 +25,7 @@ from afa_core.data.transforms import Decode, TrainItem, make_crops
 
 OPEN_SHARDS = 256
 
-Transform = Callable[[Decode, Random], TrainItem]
+Transform = Callable[[Decode, Draws], TrainItem]
 # Number of a shard -> its file; a ``BadSample`` says why there is none.
 FindShard = Callable[[int], Path]
 
@@ -91,7 +91,7 @@ class TrainSamples:
         try:
             raw = self._reader(shard).read(at)
             key = str(raw["__key__"])
-            return self.transform(partial(self._decode, raw), Random(f"{self.seed} {number}"))
+            return self.transform(partial(self._decode, raw), Draws(self.seed, number))
         except BadSample as bad:
             return SkippedSample(bad.reason, key)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from afa_core.classes import tags_to_cls_label
 from afa_core.config import DataConfig
+from afa_core.data.draws import Draws
 from afa_core.data.sample import BadSample, NeededSize, Sample
 
 # ImageNet statistics on the 0..255 scale.
@@ -86,38 +87,38 @@ class TrainItem(NamedTuple):
 
 
 class TrainTransform:
-    """Sample -> what its augmented crop is made of; what is random comes from the generator that is handed in."""
+    """Sample -> what its augmented crop is made of; what is random comes from the draws that are handed in."""
 
     def __init__(self, config: DataConfig, classes: Sequence[str]) -> None:
         self.config, self.classes = config, tuple(classes)
 
-    def __call__(self, decode: Decode, rng: Random) -> TrainItem:
+    def __call__(self, decode: Decode, draws: Draws) -> TrainItem:
         """Draw the augmentation of one sample, and cut out what it shows.
 
         Raises:
             BadSample: it cannot be decoded, or has no tags, so that there is nothing to learn from it.
         """
         config = self.config
-        rescaled_size = partial(_rescaled_size, scale=rng.uniform(*config.rescale))
+        rescaled_size = partial(_rescaled_size, scale=draws.uniform(*config.rescale))
         sample = decode(rescaled_size)
         if sample.tags is None:
             raise BadSample("no_tags", "a training sample needs tags")
         image = sample.image
         size = rescaled_size(*sample.full_size)
-        mirrored = rng.random() < config.flip_probability
+        mirrored = draws.random() < config.flip_probability
         if config.photometric_distortion:  # which depends on the whole picture's mean
-            image = _distorted(resized(to_pixels(image), size).numpy(), rng)
-        (rows, top), (columns, left) = (self._draw(side, rng) for side in size)
+            image = _distorted(resized(to_pixels(image), size).numpy(), draws.generator())
+        (rows, top), (columns, left) = (self._draw(side, draws) for side in size)
         if mirrored:
             columns = slice(size[1] - columns.stop, size[1] - columns.start)
         window = self._cut(image, size, rows, columns)
         box = (top.start, top.stop, left.start, left.stop)
         return TrainItem(window, mirrored, box, tags_to_cls_label(sample.tags, self.classes), sample.key)
 
-    def _draw(self, side: int, rng: Random) -> tuple[slice, slice]:
+    def _draw(self, side: int, draws: Draws) -> tuple[slice, slice]:
         """What the crop shows of a side at random, and where: a small picture is set at a random place of the crop."""
         length = min(side, self.config.crop_px)
-        at, start = rng.randrange(self.config.crop_px - length + 1), rng.randrange(side - length + 1)
+        at, start = draws.below(self.config.crop_px - length + 1), draws.below(side - length + 1)
         return slice(start, start + length), slice(at, at + length)
 
     def _cut(self, image: Pixels, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from random import Random
 from statistics import median
 from typing import Any
 
@@ -33,6 +32,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from afa_core.config import DataConfig
+from afa_core.data.draws import Draws
 from afa_core.data.loading import PREFETCH, load_batches
 from afa_core.data.order import SampleOrder
 from afa_core.data.sample import decode_image, decode_sample, encode_sample
@@ -178,7 +178,7 @@ class LooseFiles(Dataset[TrainItem]):
 
 def augmented(raw: dict[str, Any], transform: TrainTransform, number: int) -> TrainItem:
     """What ``TrainSamples`` makes of the members of a sample."""
-    return transform(partial(_decode, raw), Random(f"{SEED} {number}"))
+    return transform(partial(_decode, raw), Draws(SEED, number))
 
 
 def _decode(raw: dict[str, Any], needed_size: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from afa_core.classes import SHAPES
 from afa_core.config import DataConfig
+from afa_core.data.draws import Draws
 from afa_core.data.sample import NeededSize, Pixels, Sample
 from afa_core.data.shapes import draw
 from afa_core.data.train_samples import collate
@@ -43,7 +42,7 @@ def crop_of(item: TrainItem, crop_px: int) -> Tensor:
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(32, 64), st.integers(0, 2**32 - 1))
 def test_the_box_holds_the_picture_and_nothing_else(height: int, width: int, crop_px: int, seed: int) -> None:
     config = DataConfig(crop_px=crop_px, rescale=(0.5, 2.0))
-    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width), Random(seed))
+    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width), Draws(seed, 0))
     crop = crop_of(item, crop_px)
     assert crop.shape == (crop_px, crop_px, 3)
     y0, y1, x0, x1 = item.box
@@ -57,7 +56,7 @@ def test_the_box_holds_the_picture_and_nothing_else(height: int, width: int, cro
 
 def test_the_same_generator_gives_the_same_crop_and_another_one_another() -> None:
     transform = TrainTransform(DataConfig(crop_px=32, photometric_distortion=True), SHAPES)
-    items = [transform(lambda _: sample(60, 60), Random(seed)) for seed in (1, 1, 2)]
+    items = [transform(lambda _: sample(60, 60), Draws(seed, 0)) for seed in (1, 1, 2)]
     first, again, other = (crop_of(item, 32) for item in items)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -65,24 +64,24 @@ def test_the_same_generator_gives_the_same_crop_and_another_one_another() -> Non
 
 def test_a_flip_mirrors_columns() -> None:
     config = DataConfig(crop_px=40, rescale=(1.0, 1.0), flip_probability=1.0)
-    item = TrainTransform(config, SHAPES)(lambda _: sample(40, 40), Random(0))
+    item = TrainTransform(config, SHAPES)(lambda _: sample(40, 40), Draws(0, 0))
     assert torch.equal(crop_of(item, 40), torch.from_numpy(sample(40, 40).image).flip(1))
 
 
-def whole_then_cropped(image: Pixels, config: DataConfig, rng: Random) -> tuple[Pixels, Pixels]:
+def whole_then_cropped(image: Pixels, config: DataConfig, draws: Draws) -> tuple[Pixels, Pixels]:
     """The crop in plain words: rescale all of the picture, mirror all of it, cut; and where the picture is in it."""
     height, width = image.shape[:2]
-    scale = rng.uniform(*config.rescale)
+    scale = draws.uniform(*config.rescale)
     size = max(1, int(width * scale)), max(1, int(height * scale))
     whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    if rng.random() < config.flip_probability:
+    if draws.random() < config.flip_probability:
         whole = whole[:, ::-1]
     crop = np.full((config.crop_px, config.crop_px, 3), (124, 116, 104), np.uint8)
     inside = np.zeros((config.crop_px, config.crop_px), bool)
     places = []
     for side in whole.shape[:2]:
         length = min(side, config.crop_px)
-        at, start = rng.randrange(config.crop_px - length + 1), rng.randrange(side - length + 1)
+        at, start = draws.below(config.crop_px - length + 1), draws.below(side - length + 1)
         places.append((slice(at, at + length), slice(start, start + length)))
     (top, rows), (left, columns) = places
     crop[top, left], inside[top, left] = whole[rows, columns], True
@@ -95,8 +94,8 @@ def test_a_picture_that_fits_into_the_crop_is_the_rescaled_picture(
     height: int, width: int, crop_px: int, seed: int
 ) -> None:
     config, image = DataConfig(crop_px=crop_px, rescale=(0.2, 3.0)), sample(height, width, seed).image
-    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width, seed), Random(seed))
-    expected, _ = whole_then_cropped(image, config, Random(seed))
+    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width, seed), Draws(seed, 0))
+    expected, _ = whole_then_cropped(image, config, Draws(seed, 0))
     assert np.abs(crop_of(item, crop_px).numpy().astype(int) - expected).max() <= 2  # of noise, by another library
 
 
@@ -106,8 +105,8 @@ def test_a_crop_is_the_window_of_the_whole_rescaled_picture(height: int, width: 
     config = DataConfig(crop_px=crop_px, rescale=(0.2, 3.0))
     rows, columns = np.mgrid[:height, :width]
     image = np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)  # every pixel says where it lies
-    made = TrainTransform(config, SHAPES)(lambda _: Sample("key", image, ("disc",)), Random(seed))
-    expected, inside = whole_then_cropped(image, config, Random(seed))
+    made = TrainTransform(config, SHAPES)(lambda _: Sample("key", image, ("disc",)), Draws(seed, 0))
+    expected, inside = whole_then_cropped(image, config, Draws(seed, 0))
     assert np.abs(crop_of(made, crop_px).numpy().astype(int) - expected).max() <= 1  # half a pixel, rounded
     y0, y1, x0, x1 = made.box
     assert inside[y0:y1, x0:x1].all()
@@ -123,7 +122,7 @@ def test_a_picture_that_is_shrunk_is_asked_for_at_its_rescaled_size() -> None:
         half = np.full((201, 300, 3), 200, np.uint8)
         return Sample("key", half, ("disc",), unscaled_size=(402, 600))
 
-    item = TrainTransform(config, SHAPES)(decode, Random(0))
+    item = TrainTransform(config, SHAPES)(decode, Draws(0, 0))
     assert asked == [(100, 150)]
     assert (crop_of(item, 32) == 200).all()
     assert item.box == (0, 32, 0, 32)
@@ -133,7 +132,7 @@ def test_a_picture_that_is_shrunk_is_asked_for_at_its_rescaled_size() -> None:
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_what_waits_for_the_device_is_no_larger_than_a_crop(height: int, width: int, seed: int) -> None:
     config = DataConfig(crop_px=64, rescale=(0.2, 3.0))
-    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width), Random(seed))
+    item = TrainTransform(config, SHAPES)(lambda _: sample(height, width), Draws(seed, 0))
     assert item.window.untyped_storage().nbytes() <= 64 * 64 * 3
 
 
