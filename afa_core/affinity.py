@@ -25,15 +25,15 @@ COLUMN_EPSILON = 0.1
 
 
 @lru_cache(maxsize=8)  # of pictures of 512 pixels each has 5 MiB
-def window_mask(grid: tuple[int, int], radius: int) -> Tensor:
-    """Boolean [N, N]: pairs of tokens at most ``radius`` rows and ``radius`` columns apart."""
-    rows, columns = (_near(side, radius) for side in grid)
+def window_mask(grid: tuple[int, int], radius: int, device: torch.device | None = None) -> Tensor:
+    """Boolean [N, N]: pairs of tokens at most ``radius`` rows and ``radius`` columns apart; None: on the CPU."""
+    rows, columns = (_near(side, radius, device) for side in grid)
     tokens = grid[0] * grid[1]
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(tokens, tokens)
 
 
-def _near(side: int, radius: int) -> Tensor:
-    places = torch.arange(side)
+def _near(side: int, radius: int, device: torch.device | None) -> Tensor:
+    places = torch.arange(side, device=device)
     return (places[:, None] - places).abs() <= radius
 
 
@@ -51,7 +51,7 @@ def label_to_affinity_label(label: Tensor, grid: tuple[int, int], radius: int) -
     tokens = F.interpolate(label[:, None].float(), size=grid, mode="nearest").flatten(1)
     same = (tokens[:, :, None] == tokens[:, None, :]).to(torch.uint8)
     ignored = tokens == IGNORE_INDEX
-    unused = ignored[:, :, None] | ignored[:, None, :] | ~window_mask(grid, radius).to(label.device)
+    unused = ignored[:, :, None] | ignored[:, None, :] | ~window_mask(grid, radius, label.device)
     return same.masked_fill(unused, IGNORE_INDEX)
 
 
@@ -71,7 +71,7 @@ def propagate(
     Returns:
         [B, K, h, w].
     """
-    weights = affinity.masked_fill(~window_mask(grid, radius).to(affinity.device), 0).pow_(power)
+    weights = affinity.masked_fill(~window_mask(grid, radius, affinity.device), 0).pow_(power)
     transition = weights.div_(weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
     walked = maps.flatten(2)
     with torch.autocast(maps.device.type, enabled=False):  # in 32 bit always

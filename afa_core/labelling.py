@@ -183,14 +183,13 @@ def _label_batch(
 ) -> list[PictureLabel]:
     batch = _run(bundle, pictures, tags, config)
     maps = _refine(bundle, batch, config, background_scores(bundle, config))
+    predicted, looked_for = batch.predicted.cpu(), batch.cls_label.cpu()
     labels = []
     for index, picture in enumerate(pictures):
         opinions = _opinions(maps, batch, index, config)
-        opinions = dataclasses.replace(
-            opinions, predicted=tuple(cls_label_to_tags(batch.predicted[index], bundle.classes))
-        )
+        opinions = dataclasses.replace(opinions, predicted=tuple(cls_label_to_tags(predicted[index], bundle.classes)))
         full = to_full_size(to_bytes(opinions.label), picture.full_size)
-        names = tuple(cls_label_to_tags(batch.cls_label[index], bundle.classes))
+        names = tuple(cls_label_to_tags(looked_for[index], bundle.classes))
         labels.append(describe(opinions, full, bundle.classes, names, batch.given[index]))
     return labels
 

@@ -32,35 +32,33 @@ class Packing:
         index: [B, K] int64, foreground classes 0..F-1 in ascending order; 0 in empty channels.
         valid: [B, K] boolean, False for the empty channels, which come last.
         num_foreground: F.
+        counts: labels of each picture; known here, as a GPU would be waited for wherever they are counted.
     """
 
     index: Tensor
     valid: Tensor
     num_foreground: int
+    counts: list[int]
 
     @classmethod
     def of(cls, cls_label: Tensor) -> Packing:
         """Of multi-hot labels [B, F]; K is at least 1."""
         labelled = cls_label > 0
-        channels = max(1, int(labelled.sum(1).max()))
+        counts = labelled.sum(1).tolist()
+        channels = max(1, *counts)
         order = torch.sort((~labelled).to(torch.uint8), dim=1, stable=True).indices[:, :channels]
         valid = labelled.gather(1, order)
-        return cls(order.masked_fill(~valid, 0), valid, cls_label.shape[1])
+        return cls(order.masked_fill(~valid, 0), valid, cls_label.shape[1], counts)
 
     @classmethod
     def of_all(cls, batch: int, num_foreground: int, device: torch.device) -> Packing:
         """Every class of every picture."""
         index = torch.arange(num_foreground, device=device).expand(batch, num_foreground)
-        return cls(index, torch.ones_like(index, dtype=torch.bool), num_foreground)
-
-    @property
-    def counts(self) -> list[int]:
-        """Labels of each picture."""
-        return self.valid.sum(1).tolist()
+        return cls(index, torch.ones_like(index, dtype=torch.bool), num_foreground, [num_foreground] * batch)
 
     def part(self, images: slice) -> Packing:
         """That of some of the pictures."""
-        return Packing(self.index[images], self.valid[images], self.num_foreground)
+        return Packing(self.index[images], self.valid[images], self.num_foreground, self.counts[images])
 
     def pack(self, maps: Tensor) -> Tensor:
         """[B, F, H, W] -> [B, K, H, W]; empty channels are 0."""

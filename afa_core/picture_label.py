@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,20 +105,17 @@ def describe(
         tags: that were looked for.
         given: tags that came with the picture and were used; None if the classifier's were.
     """
-    label, cam, segmentation = opinions.label, opinions.cam, opinions.segmentation
-    decided, comparable = label != IGNORE_INDEX, cam != IGNORE_INDEX
-    own_share = opinions.share
+    (decided, decided_share, changed, differ, comparable), per_tag = _sums(
+        opinions, [classes.index(name) + 1 for name in tags]
+    )
+    pixels = opinions.label.numel()
     area, confidence, disagreement = {}, {}, {}
-    for name in tags:
-        channel = classes.index(name) + 1
-        here = label == channel
-        one, other = cam == channel, (segmentation == channel) & comparable
-        area[name] = float(here.float().mean())
-        if here.any():
-            confidence[name] = float(own_share[here].mean())
-        if (one | other).any():
-            disagreement[name] = 1 - _share(one & other, one | other)
-    changes = opinions.affinity_changes
+    for name, (here, share, both, either) in zip(tags, per_tag, strict=True):
+        area[name] = here / pixels
+        if here:
+            confidence[name] = share / here
+        if either:
+            disagreement[name] = 1 - both / either
     searched = tags or given is not None
     return PictureLabel(
         label=full_label,
@@ -126,15 +124,34 @@ def describe(
         unknown_tags=tuple(tag for tag in given or () if tag not in classes),
         area=area,
         class_confidence=confidence,
-        confidence=float(own_share[decided].mean()) if decided.any() and searched else 0.0,
-        ignored_share=float((~decided).float().mean()),
-        disagreement=_share((cam != segmentation) & comparable, comparable),
+        confidence=decided_share / decided if decided and searched else 0.0,
+        ignored_share=1 - decided / pixels,
+        disagreement=differ / max(1, comparable),
         class_disagreement=disagreement,
-        affinity_disagreement=None if changes is None else float(changes.float().mean()),
+        affinity_disagreement=None if opinions.affinity_changes is None else changed / pixels,
         tags_without_pixels=tuple(name for name in tags if area[name] == 0),
         classes_without_tag=() if given is None else tuple(name for name in opinions.predicted if name not in tags),
     )
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    return float(part.sum() / whole.sum().clamp(min=1))
+def _sums(opinions: Opinions, channels: Sequence[int]) -> tuple[list[float], list[list[float]]]:
+    """Pixels that are decided, their shares, those the walk changes, those where the two heads differ and can be
+    compared; then for each channel its pixels, their shares, and those that both heads and either head give it.
+
+    Together, as a GPU is waited for each time that a number is asked for.
+    """
+    label, cam, segmentation = opinions.label, opinions.cam, opinions.segmentation
+    decided, comparable = label != IGNORE_INDEX, cam != IGNORE_INDEX
+    changes = opinions.affinity_changes
+    sums = [
+        decided.sum(),
+        (opinions.share * decided).sum(),
+        label.new_zeros(()) if changes is None else changes.sum(),
+        ((cam != segmentation) & comparable).sum(),
+        comparable.sum(),
+    ]
+    for channel in channels:
+        here, one, other = label == channel, cam == channel, (segmentation == channel) & comparable
+        sums += [here.sum(), (opinions.share * here).sum(), (one & other).sum(), (one | other).sum()]
+    numbers = torch.stack([value.double() for value in sums]).tolist()
+    return numbers[:5], [numbers[start : start + 4] for start in range(5, len(numbers), 4)]
