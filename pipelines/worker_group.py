@@ -55,11 +55,14 @@ class WorkerGroup:
         return StepFacts(samples, bad, *table.amax(0).tolist()[2:])
 
     def sum(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Terms summed over workers, so that all see a non-finite one and stop together."""
+        """Terms summed over workers, on the CPU: all see a non-finite one and stop together.
+
+        A GPU is waited for once, and not for each of them.
+        """
         values = torch.stack(list(terms.values()))
         if self.size > 1:
             dist.all_reduce(values)
-        return dict(zip(terms, values, strict=True))
+        return dict(zip(terms, values.cpu(), strict=True))
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all workers, by rank."""
