@@ -115,7 +115,7 @@ def ask() -> None:
     with np.printoptions(threshold=sys.maxsize):
         for one, other in zip(expected, made, strict=True):
             assert repr(one) == repr(other), (one, other)
-    assert once <= 3 + 2 * 4, WAITS  # tags, packing of the batch; numbers and label of each of four pictures
+    assert once <= 3 + 2 * 4, WAITS  # packing and both kinds of tags; numbers and label of each of four pictures
 
 
 def label_waits(bundle: Bundle) -> int:

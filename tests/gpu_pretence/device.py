@@ -38,6 +38,7 @@ GPU = torch.device("cuda", 0)
 # Operations that take tensors of both devices on a real one, too; scalars travel with any.
 TRANSFERS = ("_to_copy", "copy_", "_local_scalar_dense")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+SIZED_BY_NUMBERS = ("nonzero", "masked_select", "_unique2", "repeat_interleave")
 WAITS: Counter[str] = Counter()  # for the device, by the line that waits
 
 
@@ -48,10 +49,10 @@ class GpuTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> GpuTensor:
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        made: GpuTensor = Tensor._make_wrapper_subclass(cls, inner.shape, **layout, device=GPU)  # type: ignore
-        made.held = inner
+    def __new__(cls, held: Tensor) -> GpuTensor:
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        made: GpuTensor = Tensor._make_wrapper_subclass(cls, held.shape, **layout, device=GPU)  # type: ignore
+        made.held = held
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -102,7 +103,9 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if on_gpu and strays and name not in TRANSFERS + INDEXING:
         raise RuntimeError(f"{operation}: on the GPU, but not {[tuple(value.shape) for value in strays]}")
     away = target is not None and torch.device(target).type != "cuda"
-    if on_gpu and (name == "_local_scalar_dense" or (name == "_to_copy" and away)):
+    # A result whose size depends on numbers: those that a mask chooses.
+    sized = name in SIZED_BY_NUMBERS or (name == "index" and any(value.dtype == torch.bool for value in given[1:]))
+    if on_gpu and (name == "_local_scalar_dense" or sized or (name == "_to_copy" and away)):
         count_wait()
     stays = not away if target is not None else bool(on_gpu)
     if name == "copy_":
