@@ -1,6 +1,6 @@
 """The few random numbers of one sample, which follow from (seed, number).
 
-They are words of a hash: to seed Python's own generator takes fifteen times as long, a sixth of what a sample costs
+They are words of a hash: to seed Python's own generator takes fifteen times as long, a fifth of what a sample costs
 beside its decoding (docs/performance.md).
 """
 

@@ -109,7 +109,6 @@ def ask() -> None:
     expected = answers(bundle)
     to_gpu(bundle.model)
     with PretendedGpu():
-        WAITS.clear()
         made = answers(bundle)
         once = label_waits(bundle)
     with np.printoptions(threshold=sys.maxsize):
