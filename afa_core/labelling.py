@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,7 @@ from afa_core.pseudo_label import (
     refine_cam,
 )
 from afa_core.segmentation import multi_scale_segmentation
+from afa_core.transfer import Transfer
 
 # The finest grid must not be smaller than the reduction of the first stage's attention: 8 tokens of 4 pixels.
 SMALLEST_SIDE_PX = 32
@@ -91,27 +92,52 @@ def label_pictures(
     return label_working_pictures(bundle, pictures, tags, config)
 
 
-@torch.no_grad()
 def label_working_pictures(
     bundle: Bundle,
     pictures: Sequence[WorkingPicture],
     tags: Sequence[Sequence[str] | None],
     config: LabelConfig,
-    batch_size: int = 8,
 ) -> list[PictureLabel]:
-    """Label pictures; those of the same working size share a batch, large ones on the CPU none (see ``cam``)."""
+    """Label pictures and wait for the labels."""
+    return begin_labels(bundle, pictures, tags, config).finish()
+
+
+class BegunLabels:
+    """Labels that the device makes; the CPU reads, decodes and writes others meanwhile."""
+
+    def __init__(self, batches: list[_BegunBatch]) -> None:
+        self._batches = batches
+
+    def wait(self) -> None:
+        """Until the device has made them."""
+        for batch in self._batches:
+            batch.sums.arrived()
+
+    def finish(self) -> list[PictureLabel]:
+        """The labels in the order of the pictures; waits for them, in any thread."""
+        labels = {index: label for batch in self._batches for index, label in batch.finish()}
+        return [labels[index] for index in range(len(labels))]
+
+
+@torch.no_grad()
+def begin_labels(
+    bundle: Bundle,
+    pictures: Sequence[WorkingPicture],
+    tags: Sequence[Sequence[str] | None],
+    config: LabelConfig,
+    batch_size: int = 8,
+) -> BegunLabels:
+    """Ask for labels; pictures of the same working size share a batch, large ones on the CPU none (see ``cam``)."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, picture in enumerate(pictures):
         by_size.setdefault((picture.image.shape[0], picture.image.shape[1]), []).append(index)
-    labels: dict[int, PictureLabel] = {}
+    begun = []
     device = next(bundle.model.parameters()).device
     for size, members in by_size.items():
         together = 1 if kernels.passes_alone(size, device) else batch_size
-        for start in range(0, len(members), together):
-            batch = members[start : start + together]
-            made = _label_batch(bundle, [pictures[i] for i in batch], [tags[i] for i in batch], config)
-            labels.update(zip(batch, made, strict=True))
-    return [labels[index] for index in range(len(pictures))]
+        batches = [members[start : start + together] for start in range(0, len(members), together)]
+        begun += [_begin_batch(bundle, batch, pictures, tags, config) for batch in batches]
+    return BegunLabels(begun)
 
 
 def working_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
@@ -162,12 +188,9 @@ def _run(
     output = bundle.model(image)
     predicted = (output.class_logits.sigmoid() > config.tag_probability).float()
     given = [None if config.tags == "predicted" else names for names in tags]
-    cls_label = torch.stack(
-        [
-            predicted[index] if names is None else tags_to_cls_label(names, bundle.classes).to(image.device)
-            for index, names in enumerate(given)
-        ]
-    )
+    named = torch.stack([tags_to_cls_label(names or (), bundle.classes) for names in given]).to(image.device)
+    unnamed = torch.tensor([[names is None] for names in given], device=image.device)
+    cls_label = torch.where(unnamed, predicted, named)
     packing = Packing.of(cls_label)
     logits = output.seg_logits
     if config.head != "cam":
@@ -178,20 +201,63 @@ def _run(
     return _Batch(image, (height, width), given, predicted, cls_label, cam, segmentation)
 
 
-def _label_batch(
-    bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
-) -> list[PictureLabel]:
-    batch = _run(bundle, pictures, tags, config)
+@dataclass(frozen=True)
+class _BegunBatch:
+    """Labels of one batch that the device makes.
+
+    Attributes:
+        members: places of the pictures among all.
+        full_sizes: H, W of each.
+        given: tags that are used; None where the classifier's are.
+        classes: of the model.
+        tags: on its way, 2 x [B, F]: what the classifier is sure of, and what is looked for.
+        labels: on its way, uint8 [h, w] of each picture.
+        sums: on its way, see ``Opinions.sums``, of each picture.
+    """
+
+    members: list[int]
+    full_sizes: list[tuple[int, int]]
+    given: list[Sequence[str] | None]
+    classes: tuple[str, ...]
+    tags: Transfer
+    labels: Transfer
+    sums: Transfer
+
+    def finish(self) -> Iterator[tuple[int, PictureLabel]]:
+        """Each picture's place with its label."""
+        predicted, looked_for = (
+            [tuple(cls_label_to_tags(row, self.classes)) for row in rows] for rows in self.tags.arrived()
+        )
+        labels, sums = self.labels.arrived(), self.sums.arrived()
+        for index, member in enumerate(self.members):
+            full = to_full_size(labels[index].numpy(), self.full_sizes[index])
+            yield (
+                member,
+                describe(
+                    sums[index].tolist(), full, self.classes, looked_for[index], self.given[index], predicted[index]
+                ),
+            )
+
+
+def _begin_batch(
+    bundle: Bundle, members: list[int], pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None],
+    config: LabelConfig,
+) -> _BegunBatch:  # fmt: skip
+    pictures = [pictures[index] for index in members]
+    batch = _run(bundle, pictures, [tags[index] for index in members], config)
     maps = _refine(bundle, batch, config, background_scores(bundle, config))
-    predicted, looked_for = batch.predicted.cpu(), batch.cls_label.cpu()
-    labels = []
-    for index, picture in enumerate(pictures):
-        opinions = _opinions(maps, batch, index, config)
-        opinions = dataclasses.replace(opinions, predicted=tuple(cls_label_to_tags(predicted[index], bundle.classes)))
-        full = to_full_size(to_bytes(opinions.label), picture.full_size)
-        names = tuple(cls_label_to_tags(looked_for[index], bundle.classes))
-        labels.append(describe(opinions, full, bundle.classes, names, batch.given[index]))
-    return labels
+    opinions = [_opinions(maps, batch, index, config) for index in range(len(members))]
+    packing = batch.cam.packing
+    channels = [row[:count] + 1 for row, count in zip(packing.index, packing.counts, strict=True)]
+    return _BegunBatch(
+        members,
+        [picture.full_size for picture in pictures],
+        batch.given,
+        bundle.classes,
+        Transfer(batch.predicted, batch.cls_label),
+        Transfer(*(opinion.label.to(torch.uint8) for opinion in opinions)),
+        Transfer(*(opinion.sums(looked_for) for opinion, looked_for in zip(opinions, channels, strict=True))),
+    )
 
 
 @torch.no_grad()
@@ -259,7 +325,7 @@ def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) ->
     # Which of the packed maps is the label's own; empty channels hold 0.
     own = F.pad(batch.cam.packing.index[index] + 1, (1, 0))[:, None, None] == label
     changed = None if maps.walked is None else maps.walked.label[inside] != maps.plain.label[inside]
-    return Opinions(label, (share * own).sum(0), cam_label, seg_label, changed, ())
+    return Opinions(label, (share * own).sum(0), cam_label, seg_label, changed)
 
 
 def _class_label(maps: Tensor, batch: _Batch, index: int) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: H x W the picture's own size; h x w its working size; F foreground class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,6 @@ class Opinions:
         cam: [h, w] int64, the label by the activation maps.
         segmentation: [h, w] int64, the label by the segmentation head.
         affinity_changes: [h, w] boolean, where the walk along the affinity changes the label; None if not taken.
-        predicted: names of the classes that the classifier is sure of.
     """
 
     label: Tensor
@@ -86,29 +86,57 @@ class Opinions:
     cam: Tensor
     segmentation: Tensor
     affinity_changes: Tensor | None
-    predicted: tuple[str, ...]
+
+    def sums(self, channels: Tensor) -> Tensor:
+        """What ``describe`` needs, on the opinions' device.
+
+        Args:
+            channels: [T] int64, classes 1..F that were looked for.
+
+        Returns:
+            [6 + 4 T] float64. Of the picture: all pixels, decided ones, their shares, those that the walk changes (not a
+            number if it was not taken), those in which the two heads can be compared and those of them in which they
+            differ. Then of each channel: its pixels; their shares; what both heads give it; what either gives it.
+        """
+        decided, comparable = self.label != IGNORE_INDEX, self.cam != IGNORE_INDEX
+        changes = self.affinity_changes
+        whole = [
+            torch.full_like(self.share[0, 0], self.label.numel()),
+            decided.sum(),
+            (self.share * decided).sum(),
+            torch.full_like(self.share[0, 0], torch.nan) if changes is None else changes.sum(),
+            comparable.sum(),
+            ((self.cam != self.segmentation) & comparable).sum(),
+        ]
+        of_channel = channels[:, None, None]
+        here, one = self.label == of_channel, self.cam == of_channel
+        other = (self.segmentation == of_channel) & comparable
+        parts = [here, self.share * here, one & other, one | other]
+        return torch.cat(
+            [torch.stack([value.double() for value in whole]), *(part.sum((1, 2)).double() for part in parts)]
+        )
 
 
 def describe(
-    opinions: Opinions,
+    sums: Sequence[float],
     full_label: Pixels,
     classes: tuple[str, ...],
     tags: tuple[str, ...],
     given: Sequence[str] | None,
+    predicted: Sequence[str],
 ) -> PictureLabel:
     """What is known about a label.
 
     Args:
-        opinions: at working size.
+        sums: of the opinions, for the channels of ``tags``.
         full_label: [H, W] the label as it is written.
         classes: of the model.
         tags: that were looked for.
         given: tags that came with the picture and were used; None if the classifier's were.
+        predicted: classes that the classifier is sure of.
     """
-    (decided, decided_share, changed, differ, comparable), per_tag = _sums(
-        opinions, [classes.index(name) + 1 for name in tags]
-    )
-    pixels = opinions.label.numel()
+    pixels, decided, decided_share, changed, comparable, differ = sums[:6]
+    per_tag = np.reshape(sums[6:], (4, len(tags))).T.tolist()
     area, confidence, disagreement = {}, {}, {}
     for name, (here, share, both, either) in zip(tags, per_tag, strict=True):
         area[name] = here / pixels
@@ -128,30 +156,7 @@ def describe(
         ignored_share=1 - decided / pixels,
         disagreement=differ / max(1, comparable),
         class_disagreement=disagreement,
-        affinity_disagreement=None if opinions.affinity_changes is None else changed / pixels,
+        affinity_disagreement=None if math.isnan(changed) else changed / pixels,
         tags_without_pixels=tuple(name for name in tags if area[name] == 0),
-        classes_without_tag=() if given is None else tuple(name for name in opinions.predicted if name not in tags),
+        classes_without_tag=() if given is None else tuple(name for name in predicted if name not in tags),
     )
-
-
-def _sums(opinions: Opinions, channels: Sequence[int]) -> tuple[list[float], list[list[float]]]:
-    """Pixels that are decided, their shares, those the walk changes, those where the two heads differ and can be
-    compared; then for each channel its pixels, their shares, and those that both heads and either head give it.
-
-    Together, as a GPU is waited for each time that a number is asked for.
-    """
-    label, cam, segmentation = opinions.label, opinions.cam, opinions.segmentation
-    decided, comparable = label != IGNORE_INDEX, cam != IGNORE_INDEX
-    changes = opinions.affinity_changes
-    sums = [
-        decided.sum(),
-        (opinions.share * decided).sum(),
-        label.new_zeros(()) if changes is None else changes.sum(),
-        ((cam != segmentation) & comparable).sum(),
-        comparable.sum(),
-    ]
-    for channel in channels:
-        here, one, other = label == channel, cam == channel, (segmentation == channel) & comparable
-        sums += [here.sum(), (opinions.share * here).sum(), (one & other).sum(), (one | other).sum()]
-    numbers = torch.stack([value.double() for value in sums]).tolist()
-    return numbers[:5], [numbers[start : start + 4] for start in range(5, len(numbers), 4)]

@@ -18,7 +18,7 @@ from ray.util.metrics import Counter
 from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
 from afa_core.data.sample import encode_mask
-from afa_core.labelling import label_working_pictures
+from afa_core.labelling import BegunLabels, begin_labels
 from afa_core.picture_label import PictureLabel
 from infra.errors import ServiceError
 from infra.object_store import find_object
@@ -95,30 +95,34 @@ class Labeller:
         """Label a unit batch by batch without committing it; yields the number of inputs of each."""
         size = self.job.batch_size
         inputs = read_inputs(unit_rows(unit), self.bundle.classes, self.job.label_config, seconds)
-        # One thread decodes what comes next and one writes what is done, beside the network.
+        # One thread decodes what comes next and one waits for labels and writes them, beside the network.
         with closing(ahead(inputs, 2 * size)) as decoded, ThreadPoolExecutor(1, "write") as pen:
+            begun: BegunLabels | None = None
             written: Future[None] | None = None
             for batch in batched(decoded, BATCHES_TOGETHER * size):
-                made = self._labels(batch, seconds)
+                begun = self._begin(batch, seconds)
                 if written:
                     written.result()  # one batch waits at most
-                written = pen.submit(self._write, batch, made, writer, seconds)
+                written = pen.submit(self._write, batch, begun, writer, seconds)
                 yield len(batch)
-            if written:
+            if begun and written:
+                started = time.monotonic()
+                begun.wait()
+                seconds.label += time.monotonic() - started
                 written.result()
 
-    def _labels(self, batch: list[Input], seconds: StageSeconds) -> list[PictureLabel]:
-        """Labels of the inputs that have a picture."""
+    def _begin(self, batch: list[Input], seconds: StageSeconds) -> BegunLabels:
+        """Ask for the labels of the inputs that have a picture."""
         started = time.monotonic()
         good = [(item.picture, item.tags) for item in batch if item.picture is not None]
         pictures, tags = [picture for picture, _ in good], [tags for _, tags in good]
-        made = label_working_pictures(self.bundle, pictures, tags, self.job.label_config, self.job.batch_size)
+        begun = begin_labels(self.bundle, pictures, tags, self.job.label_config, self.job.batch_size)
         seconds.label += time.monotonic() - started
-        return made
+        return begun
 
-    def _write(self, batch: list[Input], made: list[PictureLabel], writer: UnitWriter, seconds: StageSeconds) -> None:
+    def _write(self, batch: list[Input], begun: BegunLabels, writer: UnitWriter, seconds: StageSeconds) -> None:
+        labels = iter(begun.finish())
         started = time.monotonic()
-        labels = iter(made)
         for item in batch:
             if item.picture is None:
                 writer.quarantine(item)

@@ -105,7 +105,8 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     away = target is not None and torch.device(target).type != "cuda"
     # A result whose size depends on numbers: those that a mask chooses.
     sized = name in SIZED_BY_NUMBERS or (name == "index" and any(value.dtype == torch.bool for value in given[1:]))
-    if on_gpu and (name == "_local_scalar_dense" or sized or (name == "_to_copy" and away)):
+    fetched = name == "_to_copy" and away and not kwargs.get("non_blocking")
+    if on_gpu and (name == "_local_scalar_dense" or sized or fetched):
         count_wait()
     stays = not away if target is not None else bool(on_gpu)
     if name == "copy_":

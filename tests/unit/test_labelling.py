@@ -56,8 +56,9 @@ def test_doubts_of_a_known_case() -> None:
     share = torch.where(cam == 0, 0.5, 0.25)
     changes = torch.zeros(4, 4, dtype=torch.bool)
     changes[0] = True
-    opinions = Opinions(cam, share, cam, segmentation, changes, ("disc", "ring"))
-    label = describe(opinions, cam.numpy().astype(np.uint8), ("disc", "ring"), ("disc",), ["disc", "cat"])
+    opinions = Opinions(cam, share, cam, segmentation, changes)
+    sums = opinions.sums(torch.tensor([1])).tolist()
+    label = describe(sums, cam.numpy().astype(np.uint8), ("disc", "ring"), ("disc",), ["disc", "cat"], ("disc", "ring"))
     assert label.area == {"disc": 0.25}
     assert label.class_confidence == {"disc": 0.25}
     assert label.confidence == pytest.approx((0.5 * 2 + 0.25) / 3)
@@ -73,10 +74,10 @@ def test_doubts_of_a_known_case() -> None:
 
 def test_a_picture_in_which_nothing_was_found_is_looked_at_before_one_that_is_sure() -> None:
     empty = torch.zeros(4, 4, dtype=torch.int64)
-    opinions = Opinions(empty, torch.ones(4, 4), empty, empty, None, ())
+    sums = Opinions(empty, torch.ones(4, 4), empty, empty, None).sums(torch.tensor([], dtype=torch.int64)).tolist()
     pixels = empty.numpy().astype(np.uint8)
-    nothing_found = describe(opinions, pixels, ("disc", "ring"), (), None)
-    known_to_be_empty = describe(opinions, pixels, ("disc", "ring"), (), [])
+    nothing_found = describe(sums, pixels, ("disc", "ring"), (), None, ())
+    known_to_be_empty = describe(sums, pixels, ("disc", "ring"), (), [], ())
     assert (nothing_found.confidence, known_to_be_empty.confidence) == (0, 1)
     assert nothing_found.uncertainty == 0.25
     assert known_to_be_empty.uncertainty == 0
