@@ -125,6 +125,8 @@ class AFANet(nn.Module):
 def build_model(config: ModelConfig, num_foreground: int) -> AFANet:
     """AFANet with its first weights: from scratch, from timm, or from a published checkpoint.
 
+    From then on this process computes numbers of 32 bits as such on a GPU, too (``kernels.allow_tf32``).
+
     Args:
         config: what to build.
         num_foreground: F, the number of classes without background.
@@ -134,6 +136,7 @@ def build_model(config: ModelConfig, num_foreground: int) -> AFANet:
     """
     from afa_core.published import import_published
 
+    kernels.allow_tf32(False)
     model = AFANet(config, num_foreground)
     if config.pretrained not in (None, "timm"):
         import_published(model, config.pretrained)

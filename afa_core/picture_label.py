@@ -94,9 +94,9 @@ class Opinions:
             channels: [T] int64, classes 1..F that were looked for.
 
         Returns:
-            [6 + 4 T] float64. Of the picture: all pixels, decided ones, their shares, those that the walk changes (not a
-            number if it was not taken), those in which the two heads can be compared and those of them in which they
-            differ. Then of each channel: its pixels; their shares; what both heads give it; what either gives it.
+            [6 + 4 T] float64. Of the picture: all pixels, decided ones, their shares, those that the walk changes (NaN
+            if it was not taken), those in which the two heads can be compared and those of them in which they differ.
+            Then of each channel: its pixels; their shares; what both heads give it; what either gives it.
         """
         decided, comparable = self.label != IGNORE_INDEX, self.cam != IGNORE_INDEX
         changes = self.affinity_changes

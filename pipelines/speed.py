@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from afa_core.backbone import kernels
 from afa_core.backbone.mit import MixTransformer
 from afa_core.config import STRICT, CountOrZero
 
@@ -41,8 +42,7 @@ class SpeedConfig:
 
 def apply_speed(config: SpeedConfig, backbone: Any) -> None:
     """Set up this process and the backbone before its first pass."""
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    torch.backends.cudnn.allow_tf32 = config.tf32
+    kernels.allow_tf32(config.tf32)
     if isinstance(backbone, MixTransformer):
         backbone.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:

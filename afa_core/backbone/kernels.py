@@ -33,6 +33,15 @@ FAST_FROM_PIXELS = 2**16
 PIECE_LOGITS = 2**20
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether this process's GPU may round numbers of 32 bits to TF32's 10 in products and convolutions.
+
+    Of itself torch does so in convolutions, which is beyond the tolerances of the golden tensors.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def is_large(size: tuple[int, ...]) -> bool:
     """Whether pictures of a size (H, W) are worth the fast way."""
     return size[0] * size[1] >= FAST_FROM_PIXELS

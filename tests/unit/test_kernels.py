@@ -19,9 +19,10 @@ from afa_core.backbone import kernels
 from afa_core.backbone.mit import MixFeedForward, MixTransformer
 from afa_core.cam import multi_scale_cam
 from afa_core.config import ModelConfig
-from afa_core.model import AFANet
+from afa_core.model import AFANet, build_model
 from afa_core.packing import Packing
 from pipelines.benchmarks import plain_form
+from pipelines.speed import SpeedConfig, apply_speed
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -104,7 +105,7 @@ def test_large_pictures_train_without_torchs_compiler() -> None:
     lines = """
 import sys, torch
 from afa_core.config import ModelConfig
-from afa_core.model import AFANet
+from afa_core.model import AFANet, build_model
 model = AFANet(ModelConfig(backbone="mit_tiny"), 3)
 output = model(torch.rand(1, 3, 256, 256))
 (output.seg_logits.mean() + output.affinity.mean() + output.class_logits.mean()).backward()
@@ -188,3 +189,15 @@ def test_gradient_checkpointing_changes_memory_alone() -> None:
         results.append(gradients(model.backbone))
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_numbers_of_32_bits_keep_them_on_a_gpu_unless_a_training_job_says_so() -> None:
+    def rounded() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    torch.backends.cudnn.allow_tf32 = True  # as torch has it
+    model = build_model(ModelConfig(backbone="mit_tiny", decoder_channels=16), 2)
+    assert rounded() == (False, False)
+    apply_speed(SpeedConfig(tf32=True), model.backbone)
+    assert rounded() == (True, True)
+    kernels.allow_tf32(False)
