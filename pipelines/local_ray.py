@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 import ray
 import ray.data
@@ -25,7 +26,9 @@ def start_ray(*, show_workers: bool = True) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Without "local" Ray would look for a cluster that was once started here, and wait minutes for one that is gone.
     address = None if "RAY_ADDRESS" in os.environ else "local"
-    ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
+    # A dashboard of its own would take a second of the start, and a processor for another.
+    without: dict[str, Any] = {} if address is None else {"include_dashboard": False}
+    ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers, **without)
     heed_sigterm()
     if address is None and (freed := free_leftovers()):
         print(f"gave back what ended jobs had left reserved: {len(freed)} placement groups", file=sys.stderr)
