@@ -231,12 +231,9 @@ class _BegunBatch:
         labels, sums = self.labels.arrived(), self.sums.arrived()
         for index, member in enumerate(self.members):
             full = to_full_size(labels[index].numpy(), self.full_sizes[index])
-            yield (
-                member,
-                describe(
-                    sums[index].tolist(), full, self.classes, looked_for[index], self.given[index], predicted[index]
-                ),
-            )
+            tags = looked_for[index]
+            label = describe(sums[index].tolist(), full, self.classes, tags, self.given[index], predicted[index])
+            yield member, label
 
 
 def _begin_batch(

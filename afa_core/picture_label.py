@@ -101,10 +101,10 @@ class Opinions:
         decided, comparable = self.label != IGNORE_INDEX, self.cam != IGNORE_INDEX
         changes = self.affinity_changes
         whole = [
-            torch.full_like(self.share[0, 0], self.label.numel()),
+            self.share.new_full((), self.label.numel(), dtype=torch.float64),
             decided.sum(),
             (self.share * decided).sum(),
-            torch.full_like(self.share[0, 0], torch.nan) if changes is None else changes.sum(),
+            self.share.new_full((), torch.nan) if changes is None else changes.sum(),
             comparable.sum(),
             ((self.cam != self.segmentation) & comparable).sum(),
         ]

@@ -83,6 +83,13 @@ def test_a_picture_in_which_nothing_was_found_is_looked_at_before_one_that_is_su
     assert known_to_be_empty.uncertainty == 0
 
 
+def test_more_pixels_than_a_number_of_32_bits_counts_exactly() -> None:
+    label, share = torch.zeros((), dtype=torch.int64).expand(4097, 4099), torch.ones(()).expand(4097, 4099)
+    sums = Opinions(label, share, label, label, None).sums(torch.tensor([], dtype=torch.int64)).tolist()
+    assert sums[:2] == [4097 * 4099] * 2
+    assert describe(sums, np.zeros((1, 1), np.uint8), ("disc",), (), [], ()).ignored_share == 0
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 90), st.integers(1, 90))
 def test_labels_brought_to_full_size_are_nearest_neighbours(height: int, width: int, full_h: int, full_w: int) -> None:
     label = np.arange(height * width, dtype=np.uint8).reshape(height, width)
