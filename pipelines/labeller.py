@@ -92,24 +92,27 @@ class Labeller:
         return UnitResult(writer.counts, seconds, unit.inputs)
 
     def label_batches(self, unit: Unit, writer: UnitWriter, seconds: StageSeconds) -> Iterator[int]:
-        """Label a unit batch by batch without committing it; yields the number of inputs of each."""
+        """Label a unit batch by batch without committing it; yields the number of inputs of each that is written."""
         size = self.job.batch_size
         inputs = read_inputs(unit_rows(unit), self.bundle.classes, self.job.label_config, seconds)
         # One thread decodes what comes next and one waits for labels and writes them, beside the network.
         with closing(ahead(inputs, 2 * size)) as decoded, ThreadPoolExecutor(1, "write") as pen:
-            begun: BegunLabels | None = None
-            written: Future[None] | None = None
+            waiting: list[tuple[int, BegunLabels, Future[None]]] = []
             for batch in batched(decoded, BATCHES_TOGETHER * size):
                 begun = self._begin(batch, seconds)
-                if written:
-                    written.result()  # one batch waits at most
-                written = pen.submit(self._write, batch, begun, writer, seconds)
-                yield len(batch)
-            if begun and written:
-                started = time.monotonic()
-                begun.wait()
-                seconds.label += time.monotonic() - started
-                written.result()
+                waiting.append((len(batch), begun, pen.submit(self._write, batch, begun, writer, seconds)))
+                if len(waiting) > 1:  # one batch waits at most
+                    yield self._finished(*waiting.pop(0), seconds)
+            for last in waiting:
+                yield self._finished(*last, seconds)
+
+    def _finished(self, inputs: int, begun: BegunLabels, written: Future[None], seconds: StageSeconds) -> int:
+        """The number of inputs of a batch when it is written."""
+        started = time.monotonic()
+        begun.wait()
+        seconds.label += time.monotonic() - started
+        written.result()
+        return inputs
 
     def _begin(self, batch: list[Input], seconds: StageSeconds) -> BegunLabels:
         """Ask for the labels of the inputs that have a picture."""

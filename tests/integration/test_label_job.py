@@ -34,8 +34,11 @@ from infra.object_store import write_object
 from pipelines import label_windows, pseudo_label
 from pipelines.cli import main
 from pipelines.inventory import list_generations, load_units
+from pipelines.label_inputs import StageSeconds
 from pipelines.label_progress import expected_images
 from pipelines.label_set import find_run
+from pipelines.label_units import UnitWriter
+from pipelines.labeller import Labeller
 
 
 def label_arguments(words: list[object]) -> argparse.Namespace:
@@ -190,6 +193,18 @@ def labels(local_ray: None, bundle: Path, tmp_path_factory: pytest.TempPathFacto
         (folder / "pictures" / f"{index}.png").write_bytes(picture(index))
     afa("label", "--model", bundle, "--input", folder / "pictures", "--output", folder / "labels", "--unit-size", 2)
     return folder / "labels"
+
+
+def test_a_batch_is_told_of_when_it_is_written(labels: Path, bundle: Path) -> None:
+    """What ``--dry-run`` reckons with: a GPU has not made the labels yet when it has been asked for them."""
+    words = ["label", "--model", bundle, "--input", labels.parent / "pictures", "--output", labels]
+    job = pseudo_label.build_job(label_arguments(words), bundle, "model", str(labels))
+    unit = next(iter(load_units(find_run(str(labels)), list_generations(find_run(str(labels)))[0])))
+    writer, told = UnitWriter(job.run, unit.name), 0
+    for inputs in Labeller(job).label_batches(unit, writer, StageSeconds()):
+        told += inputs
+        assert writer.counts.images == told
+    assert told == 2
 
 
 def rewrite_tar(tar: Path, marker: Path, change: Callable[[str, bytes], bytes | None]) -> None:
