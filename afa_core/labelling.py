@@ -105,17 +105,20 @@ def label_working_pictures(
 class BegunLabels:
     """Labels that the device makes; the CPU reads, decodes and writes others meanwhile."""
 
-    def __init__(self, batches: list[_BegunBatch]) -> None:
+    def __init__(self, batches: list[tuple[list[int], _BegunBatch]]) -> None:
+        """Batches, each with the places of its pictures among all."""
         self._batches = batches
 
     def wait(self) -> None:
         """Until the device has made them."""
-        for batch in self._batches:
-            batch.sums.arrived()
+        for _, batch in self._batches:
+            batch.results.arrived()
 
     def finish(self) -> list[PictureLabel]:
         """The labels in the order of the pictures; waits for them, in any thread."""
-        labels = {index: label for batch in self._batches for index, label in batch.finish()}
+        labels: dict[int, PictureLabel] = {}
+        for members, batch in self._batches:
+            labels.update(zip(members, batch.finish(), strict=True))
         return [labels[index] for index in range(len(labels))]
 
 
@@ -135,8 +138,10 @@ def begin_labels(
     device = next(bundle.model.parameters()).device
     for size, members in by_size.items():
         together = 1 if kernels.passes_alone(size, device) else batch_size
-        batches = [members[start : start + together] for start in range(0, len(members), together)]
-        begun += [_begin_batch(bundle, batch, pictures, tags, config) for batch in batches]
+        for start in range(0, len(members), together):
+            batch = members[start : start + together]
+            asked = _begin_batch(bundle, [pictures[i] for i in batch], [tags[i] for i in batch], config)
+            begun.append((batch, asked))
     return BegunLabels(begun)
 
 
@@ -206,55 +211,40 @@ class _BegunBatch:
     """Labels of one batch that the device makes.
 
     Attributes:
-        members: places of the pictures among all.
-        full_sizes: H, W of each.
+        full_sizes: H, W of each picture.
         given: tags that are used; None where the classifier's are.
         classes: of the model.
-        tags: on its way, 2 x [B, F]: what the classifier is sure of, and what is looked for.
-        labels: on its way, uint8 [h, w] of each picture.
-        sums: on its way, see ``Opinions.sums``, of each picture.
+        results: on their way: [B, F] what the classifier is sure of, [B, F] what is looked for, the label of each
+            picture, uint8 [h, w], and the ``Opinions.sums`` of each.
     """
 
-    members: list[int]
     full_sizes: list[tuple[int, int]]
     given: list[Sequence[str] | None]
     classes: tuple[str, ...]
-    tags: Transfer
-    labels: Transfer
-    sums: Transfer
+    results: Transfer
 
-    def finish(self) -> Iterator[tuple[int, PictureLabel]]:
-        """Each picture's place with its label."""
-        predicted, looked_for = (
-            [tuple(cls_label_to_tags(row, self.classes)) for row in rows] for rows in self.tags.arrived()
-        )
-        labels, sums = self.labels.arrived(), self.sums.arrived()
-        for index, member in enumerate(self.members):
-            full = to_full_size(labels[index].numpy(), self.full_sizes[index])
-            tags = looked_for[index]
-            label = describe(sums[index].tolist(), full, self.classes, tags, self.given[index], predicted[index])
-            yield member, label
+    def finish(self) -> Iterator[PictureLabel]:
+        """The label of each picture."""
+        predicted, looked_for, *rest = self.results.arrived()
+        labels, sums = rest[: len(predicted)], rest[len(predicted) :]
+        for index, full_size in enumerate(self.full_sizes):
+            full = to_full_size(labels[index].numpy(), full_size)
+            sure_of, tags = (tuple(cls_label_to_tags(rows[index], self.classes)) for rows in (predicted, looked_for))
+            yield describe(sums[index].tolist(), full, self.classes, tags, self.given[index], sure_of)
 
 
 def _begin_batch(
-    bundle: Bundle, members: list[int], pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None],
-    config: LabelConfig,
-) -> _BegunBatch:  # fmt: skip
-    pictures = [pictures[index] for index in members]
-    batch = _run(bundle, pictures, [tags[index] for index in members], config)
+    bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
+) -> _BegunBatch:
+    batch = _run(bundle, pictures, tags, config)
     maps = _refine(bundle, batch, config, background_scores(bundle, config))
-    opinions = [_opinions(maps, batch, index, config) for index in range(len(members))]
+    opinions = [_opinions(maps, batch, index, config) for index in range(len(pictures))]
     packing = batch.cam.packing
     channels = [row[:count] + 1 for row, count in zip(packing.index, packing.counts, strict=True)]
-    return _BegunBatch(
-        members,
-        [picture.full_size for picture in pictures],
-        batch.given,
-        bundle.classes,
-        Transfer(batch.predicted, batch.cls_label),
-        Transfer(*(opinion.label.to(torch.uint8) for opinion in opinions)),
-        Transfer(*(opinion.sums(looked_for) for opinion, looked_for in zip(opinions, channels, strict=True))),
-    )
+    labels = [opinion.label.to(torch.uint8) for opinion in opinions]
+    sums = [opinion.sums(looked_for) for opinion, looked_for in zip(opinions, channels, strict=True)]
+    results = Transfer(batch.predicted, batch.cls_label, *labels, *sums)
+    return _BegunBatch([picture.full_size for picture in pictures], batch.given, bundle.classes, results)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def test_large_pictures_train_without_torchs_compiler() -> None:
     lines = """
 import sys, torch
 from afa_core.config import ModelConfig
-from afa_core.model import AFANet, build_model
+from afa_core.model import AFANet
 model = AFANet(ModelConfig(backbone="mit_tiny"), 3)
 output = model(torch.rand(1, 3, 256, 256))
 (output.seg_logits.mean() + output.affinity.mean() + output.class_logits.mean()).backward()
