@@ -19,7 +19,7 @@ demo: env
 	$(BIN)/afa demo --output demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: env
 	$(BIN)/ruff check .

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from servers.s3 import ACCESS_KEY, SECRET_KEY, s3_server
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from afa_core.checkpoint import save_bundle
 from afa_core.classes import SHAPES
@@ -17,15 +20,32 @@ from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
 from afa_core.model import build_model
 
 
+class Lanes(LoadScopeScheduling):
+    """A file's tests stay together, and so do all that make hosts and bridges of this machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder, _, _ = nodeid.partition("/test_")
+        return folder if folder.endswith("cluster") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
+    """With ``pytest -n 2`` the suite runs in two lanes: half of its time a test waits for other processes."""
+    return Lanes(config, log)
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A local Ray for the whole session; commands that are run as processes connect to it."""
     import ray
+    from ray._private import parameter
 
     from pipelines.local_ray import start_ray
 
     os.environ.pop("RAY_ADDRESS", None)
-    start_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        # Not the port that a command's own Ray takes: its agent would try for four seconds.
+        patch.setattr(parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0))
+        start_ray()
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     os.environ.pop("RAY_ADDRESS", None)
