@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from afa_core.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BACKGROUND = 0
 IGNORE_INDEX = 255
@@ -78,6 +80,8 @@ def check_classes(classes: Iterable[str]) -> tuple[str, ...]:
 
 def tags_to_cls_label(tags: Iterable[str], classes: Sequence[str]) -> Tensor:
     """Multi-hot float vector [F] of the tags; tags outside the list are left out."""
+    import torch  # whoever has labels checked or exported does not wait for it
+
     cls_label = np.zeros(len(classes), np.float32)
     for tag in tags:
         if tag in classes:

@@ -7,8 +7,8 @@ from pathlib import Path
 from afa_core.checkpoint import CONFIG, WEIGHTS
 from infra.errors import ServiceError
 from infra.object_store import S3, ObjectError, fetch_file, join
-from infra.registry import SCHEME, download, resolve
-from infra.tracking import tracking_uri
+
+REGISTERED = "models:/"  # the registry knows it as SCHEME
 
 
 def find_model(reference: str, configured_uri: str | None, scratch: Path) -> tuple[Path, str]:
@@ -22,11 +22,13 @@ def find_model(reference: str, configured_uri: str | None, scratch: Path) -> tup
     Raises:
         ServiceError: there is no such model in the registry or the store.
     """
-    if not reference.startswith(SCHEME):
+    if not reference.startswith(REGISTERED):
         return fetch_bundle(reference, scratch), f"bundle:{Path(reference).name}"
-    uri = tracking_uri(configured_uri)
-    version = resolve(uri, reference)
-    return download(uri, version, scratch), version.uri
+    from infra import registry, tracking  # and MLflow with them, for which a bundle need not wait
+
+    uri = tracking.tracking_uri(configured_uri)
+    version = registry.resolve(uri, reference)
+    return registry.download(uri, version, scratch), version.uri
 
 
 def fetch_bundle(uri: str, scratch: Path) -> Path:

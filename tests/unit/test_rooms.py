@@ -40,6 +40,17 @@ def test_infra_does_not_load_the_science() -> None:
     assert not loaded & {"afa_core", "pipelines", "torch"}
 
 
+@pytest.mark.parametrize(
+    ("stage", "unneeded"),
+    [("pseudo_label", {"mlflow"}), ("verify_labels", {"torch", "ray", "mlflow"}), ("report", {"ray", "mlflow"})],
+)
+def test_a_stage_does_not_wait_for_what_it_does_without(stage: str, unneeded: set[str]) -> None:
+    """Torch takes a second, MLflow another."""
+    loaded = modules_after(f"import pipelines.{stage}")
+    assert "pipelines" in loaded
+    assert not loaded & unneeded
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_configuration_loads_and_survives_the_round_trip(name: str) -> None:
     experiment = load_experiment(name, [])
