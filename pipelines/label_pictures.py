@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from afa_core.data.sample import PICTURE_MEMBERS, BadSample
-from pipelines.label_inputs import raw_inputs
 from pipelines.label_keys import sample_name
 from pipelines.label_set import CommittedUnit
 from pipelines.label_sources import Listed
+from pipelines.raw_inputs import raw_inputs
 
 MAX_FILE_MB = 1000.0
 CHANGED = "changed_since_listing"

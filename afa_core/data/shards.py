@@ -5,7 +5,7 @@
                              SHA-256, and the number of pictures per class
 
 A shard that does not match its entry is found before training starts. Tars are read with ``tarfile`` and grouped by
-the webdataset library; none of its decoders runs.
+the webdataset library; none of its decoders runs. It is imported where tars are, as it imports torch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import webdataset as wds
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from afa_core.classes import check_classes
 from afa_core.data.sample import BadSample, NeededSize, Sample, decode_sample
@@ -179,7 +176,9 @@ class ShardWriter:
     def __post_init__(self) -> None:
         self._partial = self.path.with_suffix(".partial")
         self._stream = self._partial.open("wb")
-        self._tar = wds.TarWriter(self._stream, mtime=0, encoder=False)
+        from webdataset import TarWriter
+
+        self._tar = TarWriter(self._stream, mtime=0, encoder=False)
 
     def write(self, members: Mapping[str, Any], tags: Iterable[str]) -> None:
         """Add a sample, ``{"__key__": ..., extension: bytes}``, and count its classes."""
@@ -203,6 +202,8 @@ def iterate_shard(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         BadShard: after the last sample that could be read whole, if the tar is cut short or damaged.
     """
+    from webdataset.tariterators import base_plus_ext, group_by_keys
+
     try:
         with tarfile.open(path, "r:") as tar:
             yield from group_by_keys(_members(tar, str(path)), keys=base_plus_ext, handler=skip_repeated_member)
