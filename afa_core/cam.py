@@ -158,9 +158,8 @@ def cam_to_label(
 
 
 def ignore_outside(label: Tensor, boxes: Tensor) -> Tensor:
-    """Label maps [B, H, W] with 255 outside the boxes [B, 4] (y0 y1 x0 x1)."""
-    height, width = label.shape[1:]
-    y0, y1, x0, x1 = boxes.to(label.device).unsqueeze(2).unbind(1)
-    rows, columns = torch.arange(height, device=label.device), torch.arange(width, device=label.device)
-    inside = ((rows >= y0) & (rows < y1)).unsqueeze(2) & ((columns >= x0) & (columns < x1)).unsqueeze(1)
-    return label.masked_fill(~inside, IGNORE_INDEX)
+    """Label maps [B, H, W] with 255 outside the boxes [B, 4] (y0 y1 x0 x1), which lie on the CPU."""
+    limited = torch.full_like(label, IGNORE_INDEX)
+    for made, given, (y0, y1, x0, x1) in zip(limited, label, boxes.tolist(), strict=True):
+        made[y0:y1, x0:x1] = given[y0:y1, x0:x1]
+    return limited

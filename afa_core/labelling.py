@@ -103,7 +103,7 @@ def label_working_pictures(
 
 
 class BegunLabels:
-    """Labels that the device makes; the CPU reads, decodes and writes others meanwhile."""
+    """Labels that a GPU makes while the processor reads, decodes and writes others; on the CPU they are made by now."""
 
     def __init__(self, batches: list[tuple[list[int], _BegunBatch]]) -> None:
         """Batches, each with the places of its pictures among all."""
@@ -193,9 +193,11 @@ def _run(
     output = bundle.model(image)
     predicted = (output.class_logits.sigmoid() > config.tag_probability).float()
     given = [None if config.tags == "predicted" else names for names in tags]
-    named = torch.stack([tags_to_cls_label(names or (), bundle.classes) for names in given]).to(image.device)
-    unnamed = torch.tensor([[names is None] for names in given], device=image.device)
-    cls_label = torch.where(unnamed, predicted, named)
+    # Pictures without tags are marked by -1, so that one copy tells the device everything.
+    unnamed = torch.full((len(bundle.classes),), -1.0)
+    rows = [unnamed if names is None else tags_to_cls_label(names, bundle.classes) for names in given]
+    named = torch.stack(rows).to(image.device, non_blocking=True)
+    cls_label = torch.where(named < 0, predicted, named)
     packing = Packing.of(cls_label)
     logits = output.seg_logits
     if config.head != "cam":
@@ -214,19 +216,21 @@ class _BegunBatch:
         full_sizes: H, W of each picture.
         given: tags that are used; None where the classifier's are.
         classes: of the model.
-        results: on their way: [B, F] what the classifier is sure of, [B, F] what is looked for, the label of each
-            picture, uint8 [h, w], and the ``Opinions.sums`` of each.
+        results: on their way: [B, F] what the classifier is sure of, [B, F] what is looked for, labels uint8
+            [B, h, w], and the ``Opinions.sums`` of all pictures, one behind the other.
+        lengths: of the sums of each picture.
     """
 
     full_sizes: list[tuple[int, int]]
     given: list[Sequence[str] | None]
     classes: tuple[str, ...]
     results: Transfer
+    lengths: list[int]
 
     def finish(self) -> Iterator[PictureLabel]:
         """The label of each picture."""
-        predicted, looked_for, *rest = self.results.arrived()
-        labels, sums = rest[: len(predicted)], rest[len(predicted) :]
+        predicted, looked_for, labels, all_sums = self.results.arrived()
+        sums = all_sums.split(self.lengths)
         for index, full_size in enumerate(self.full_sizes):
             full = to_full_size(labels[index].numpy(), full_size)
             sure_of, tags = (tuple(cls_label_to_tags(rows[index], self.classes)) for rows in (predicted, looked_for))
@@ -241,10 +245,11 @@ def _begin_batch(
     opinions = [_opinions(maps, batch, index, config) for index in range(len(pictures))]
     packing = batch.cam.packing
     channels = [row[:count] + 1 for row, count in zip(packing.index, packing.counts, strict=True)]
-    labels = [opinion.label.to(torch.uint8) for opinion in opinions]
+    labels = torch.stack([opinion.label.to(torch.uint8) for opinion in opinions])
     sums = [opinion.sums(looked_for) for opinion, looked_for in zip(opinions, channels, strict=True)]
-    results = Transfer(batch.predicted, batch.cls_label, *labels, *sums)
-    return _BegunBatch([picture.full_size for picture in pictures], batch.given, bundle.classes, results)
+    results = Transfer(batch.predicted, batch.cls_label, labels, torch.cat(sums))
+    full_sizes = [picture.full_size for picture in pictures]
+    return _BegunBatch(full_sizes, batch.given, bundle.classes, results, [len(part) for part in sums])
 
 
 @torch.no_grad()
@@ -335,15 +340,17 @@ def to_bytes(label: Tensor) -> Pixels:
 
 
 def to_full_size(label: Pixels, full_size: tuple[int, int]) -> Pixels:
-    """Label map [h, w] -> [H, W]: each pixel takes the nearest one's class, as bytes all the way."""
+    """Label map [h, w] -> [H, W], a copy: each pixel takes the nearest one's class, as bytes all the way."""
     rows, columns = (np.arange(full) * small // full for full, small in zip(full_size, label.shape, strict=True))
-    return label if label.shape == full_size else label[rows][:, columns]
+    return label.copy() if label.shape == full_size else label[rows][:, columns]
 
 
 def _network_input(bundle: Bundle, pictures: Sequence[WorkingPicture], scales: Sequence[float]) -> Tensor:
     """Pictures of one working size -> [B, 3, h', w'] on the device, padded where they are small."""
-    pixels = torch.stack([picture.image for picture in pictures])
-    return pad_small(to_network_input(pixels, next(bundle.model.parameters()).device), scales)
+    pixels, device = torch.stack([picture.image for picture in pictures]), next(bundle.model.parameters()).device
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()  # else the copy might wait for the batch before
+    return pad_small(to_network_input(pixels, device), scales)
 
 
 def pad_small(image: Tensor, scales: Sequence[float]) -> Tensor:

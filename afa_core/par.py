@@ -66,7 +66,7 @@ def refine(image_unit: Tensor, maps: Tensor, config: ParConfig, weights: Tensor 
 
 def neighbour_weights(image_unit: Tensor, config: ParConfig) -> Tensor:
     """Weight of each neighbour of each pixel, [B, D, H, W]."""
-    position = config.position_weight * _position_weights(config).to(image_unit)
+    position = config.position_weight * _position_weights(config, image_unit.device).to(image_unit.dtype)
     if _on_gpu(image_unit):
         from afa_core import par_gpu
 
@@ -97,13 +97,14 @@ def _offsets(config: ParConfig, device: torch.device) -> Tensor:
     return torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
-def _position_weights(config: ParConfig) -> Tensor:
+@lru_cache(maxsize=16)  # else a GPU would be waited for each time
+def _position_weights(config: ParConfig, device: torch.device) -> Tensor:
     """Softmax of the position term over the neighbours, [D]; the same for every pixel."""
     distances = torch.tensor(
         [d * (abs(dy) + abs(dx)) ** 0.5 for d in config.dilations for dy, dx in _DIRECTIONS], dtype=torch.float32
     )
     scaled = distances / (distances.std() + SIGMA_EPSILON) / config.colour_bandwidth
-    return torch.softmax(-(scaled**2), dim=0)
+    return torch.softmax(-(scaled**2), dim=0).to(device)
 
 
 def _neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Iterator[Tensor]:

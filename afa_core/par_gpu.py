@@ -28,10 +28,11 @@ def neighbour_weights(
     batch, _, height, width = image_unit.shape
     weights = image_unit.new_empty(batch, len(offsets), height, width)
     grid = (triton.cdiv(height * width, PIXELS), batch)
-    _weights_kernel[grid](
-        image_unit.contiguous(), weights, offsets, position, height, width, bandwidth, epsilon,
-        COUNT=len(offsets), PIXELS=PIXELS,
-    )  # fmt: skip
+    with torch.cuda.device_of(weights):  # which need not be the current one
+        _weights_kernel[grid](
+            image_unit.contiguous(), weights, offsets, position, height, width, bandwidth, epsilon,
+            COUNT=len(offsets), PIXELS=PIXELS,
+        )  # fmt: skip
     return weights
 
 
@@ -41,9 +42,10 @@ def step(maps: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     mixed = torch.empty_like(maps)
     group = min(MOST_MAPS, triton.next_power_of_2(count))
     grid = (triton.cdiv(height * width, PIXELS), triton.cdiv(count, group), batch)
-    _step_kernel[grid](
-        maps, weights, offsets, mixed, count, height, width, COUNT=len(offsets), GROUP=group, PIXELS=PIXELS
-    )
+    with torch.cuda.device_of(mixed):
+        _step_kernel[grid](
+            maps, weights, offsets, mixed, count, height, width, COUNT=len(offsets), GROUP=group, PIXELS=PIXELS
+        )
     return mixed
 
 
@@ -63,8 +65,9 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < plane
     y, x = pixel // width, pixel % width
-    image += tl.program_id(1) * 3 * plane
-    weights += tl.program_id(1) * COUNT * plane
+    picture = tl.program_id(1).to(tl.int64)  # all weights together may be more than 2^31
+    image += picture * 3 * plane
+    weights += picture * COUNT * plane
     for channel in range(3):
         colours = image + channel * plane
         centre = tl.load(colours + pixel, mask=inside, other=0.0)
@@ -85,6 +88,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
             if channel > 0:
                 term += tl.load(weights + index * plane + pixel, mask=inside, other=0.0)
             tl.store(weights + index * plane + pixel, term, mask=inside)
+        tl.debug_barrier()  # the next loads may be other threads'
     highest = tl.full([PIXELS], float("-inf"), tl.float32)
     for index in range(COUNT):
         highest = tl.maximum(highest, tl.load(weights + index * plane + pixel, mask=inside, other=0.0))
@@ -108,8 +112,9 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     y, x = pixel // width, pixel % width
     channel = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     mine = (channel < maps_count)[:, None] & inside[None, :]
-    rows = (tl.program_id(2) * maps_count + channel)[:, None] * plane
-    weights += tl.program_id(2) * COUNT * plane
+    picture = tl.program_id(2).to(tl.int64)
+    rows = (picture * maps_count + channel)[:, None] * plane
+    weights += picture * COUNT * plane
     total = tl.zeros([GROUP, PIXELS], tl.float32)
     for index in range(COUNT):
         weight = tl.load(weights + index * plane + pixel, mask=inside, other=0.0)

@@ -12,13 +12,14 @@ class Transfer:
     def __init__(self, *tensors: Tensor) -> None:
         """Begin to copy tensors of one device."""
         self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._arrival: torch.Event | None = None
-        if tensors[0].device.type != "cpu":
-            self._arrival = torch.Event(tensors[0].device)
-            self._arrival.record()
+        self._arrival: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self._arrival = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+            with torch.cuda.device_of(tensors[0]):  # which need not be this thread's current one
+                self._arrival.record()
 
     def arrived(self) -> list[Tensor]:
-        """The copies; waits for them, in any thread."""
+        """The copies, in memory that is locked for the device; waits for them, in any thread."""
         if self._arrival:
             self._arrival.synchronize()
         return self._copies

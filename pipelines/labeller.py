@@ -124,8 +124,9 @@ class Labeller:
         return begun
 
     def _write(self, batch: list[Input], begun: BegunLabels, writer: UnitWriter, seconds: StageSeconds) -> None:
-        labels = iter(begun.finish())
+        begun.wait()  # which is the label stage's time
         started = time.monotonic()
+        labels = iter(begun.finish())
         for item in batch:
             if item.picture is None:
                 writer.quarantine(item)

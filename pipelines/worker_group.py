@@ -45,14 +45,13 @@ class WorkerGroup:
 
     def meet(self, facts: StepFacts) -> StepFacts:
         """The facts of all workers: samples added up, of the rest the largest. All get the same answer."""
-        row = torch.tensor(facts, dtype=torch.float64, device=self.device)
-        rows = [row]
-        if self.size > 1:
-            rows = [torch.empty_like(row) for _ in range(self.size)]
-            dist.all_gather(rows, row)
-        table = torch.stack(rows)
-        samples, bad, *_ = table.sum(0).tolist()
-        return StepFacts(samples, bad, *table.amax(0).tolist()[2:])
+        if self.size == 1:
+            return facts
+        row = torch.tensor(facts, dtype=torch.float64).to(self.device, non_blocking=True)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row)
+        samples, bad, *largest = zip(*torch.stack(rows).tolist(), strict=True)  # where a GPU is waited for
+        return StepFacts(sum(samples), sum(bad), *map(max, largest))
 
     def sum(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Terms summed over workers, on the CPU: all see a non-finite one and stop together.

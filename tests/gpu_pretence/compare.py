@@ -65,6 +65,8 @@ def random_batch(side: int) -> Batch:
 def train() -> None:
     """A step in every phase, in 32 bit and under the GPU's autocast, waits for the device once."""
     small, large = 96, 256  # of these one takes the exact way through the backbone, one the fast one
+    with PretendedGpu():  # what never changes is sent once
+        loss_and_gradients(random_batch(small), PHASES["refined_affinity"], on_gpu=True, bfloat16=False)
     for phase, side in [*((phase, small) for phase in PHASES), ("refined_affinity", large)]:
         batch, loss = random_batch(side), PHASES[phase]
         expected, slopes = loss_and_gradients(batch, loss, on_gpu=False, bfloat16=False)
@@ -134,6 +136,7 @@ def crops() -> None:
     batch = collate(items)
     expected = batch.crops(96, torch.device("cpu"))
     with PretendedGpu():
+        to_network_input(batch.crops(96, GPU), GPU)  # what never changes is sent once
         WAITS.clear()
         made = batch.crops(96, GPU)
         assert to_network_input(made, GPU).device == GPU

@@ -44,6 +44,7 @@ from torch.utils._pytree import tree_flatten, tree_map  # noqa: E402
 GPU = torch.device("cuda", 0)
 # Operations that take tensors of both devices on a real one, too; scalars travel with any.
 TRANSFERS = ("_to_copy", "copy_", "_local_scalar_dense")
+LOCKING = {"is_pinned": lambda _: False, "_pin_memory": torch.clone}  # of memory, which only a GPU's driver can do
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 SIZED_BY_NUMBERS = ("nonzero", "masked_select", "_unique2", "repeat_interleave")
 WAITS: Counter[str] = Counter()  # for the device, by the line that waits
@@ -84,6 +85,8 @@ class PretendedGpu(TorchDispatchMode):
         torch.cuda._lazy_init = lambda: None
         torch.cuda.is_available = lambda: True
         torch.cuda.is_bf16_supported = lambda *_, **__: True
+        torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda _: 0
+        torch.cuda.Event = partial(torch.Event, GPU)  # type: ignore[assignment,misc]
         # Data that is given in Python goes through the processor to the device.
         torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()
@@ -104,6 +107,8 @@ def to_gpu(module: nn.Module) -> None:
 def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation by the processor, if a GPU would take what it is given."""
     name, target = operation._schema.name.split("::")[1], kwargs.get("device")
+    if name in LOCKING:
+        return LOCKING[name](args[0])
     given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     on_gpu = [value for value in given if isinstance(value, GpuTensor)]
     strays = [value for value in given if not isinstance(value, GpuTensor) and value.dim()]
@@ -112,8 +117,9 @@ def run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     away = target is not None and torch.device(target).type != "cuda"
     # A result whose size depends on numbers: those that a mask chooses.
     sized = name in SIZED_BY_NUMBERS or (name == "index" and any(value.dtype == torch.bool for value in given[1:]))
-    fetched = name == "_to_copy" and away and not kwargs.get("non_blocking")
-    if on_gpu and (name == "_local_scalar_dense" or sized or fetched):
+    # A copy between the two, in either direction: only from locked memory is it not waited for of itself.
+    copied = name == "_to_copy" and target is not None and away == bool(on_gpu) and not kwargs.get("non_blocking")
+    if copied or (on_gpu and (name == "_local_scalar_dense" or sized)):
         count_wait()
     stays = not away if target is not None else bool(on_gpu)
     if name == "copy_":

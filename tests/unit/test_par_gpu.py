@@ -30,7 +30,7 @@ for config, (batch, maps, height, width) in (
     (ParConfig(dilations=(1, 3), iterations=2), (1, 11, 9, 300)),
 ):
     image, values = torch.rand(batch, 3, height, width), torch.rand(batch, maps, height, width)
-    position = config.position_weight * par._position_weights(config)
+    position = config.position_weight * par._position_weights(config, image.device)
     offsets = par._offsets(config, image.device)
     weights = par_gpu.neighbour_weights(image, offsets, position, config.colour_bandwidth, par.SIGMA_EPSILON)
     torch.testing.assert_close(weights, par.neighbour_weights(image, config), atol=1e-5, rtol=0)
