@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; prints the table and where the page is."""
     demo = Demo(arguments.output.absolute(), arguments.pictures)
     demo.prepare()
-    start_ray(show_workers=False)  # each stage shows its own
+    start_ray(show_workers=False, dashboard=True)  # each stage shows its own
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     demo.stage(
         "shards", "pipelines.build_shards", "shapes", demo.path("shards"),

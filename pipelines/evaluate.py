@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Score; prints a line per score."""
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
         folder, _ = find_model(arguments.model, arguments.tracking_uri, Path(scratch))
         scores = score_bundle(folder, arguments.dataset, arguments.split)

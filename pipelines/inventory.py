@@ -33,6 +33,7 @@ from pipelines.batched import batched
 from pipelines.label_keys import input_key, key_problem, other_key, wish_of
 from pipelines.label_sources import SHARD_SUFFIX, Listed
 from pipelines.unit_table import UNITS, Unit, UnitTableWriter, part_name, read_units
+from pipelines.unreadable import reading
 
 INVENTORY = "inventory"
 HEAD = "inventory.json"
@@ -194,8 +195,10 @@ def list_generations(run_uri: str) -> list[Generation]:
         head_uri = join(run_uri, f"{INVENTORY}/{name}/{HEAD}")
         if find_object(head_uri) is None:
             return generations
-        head = json.loads(read_object(head_uri)[0])
-        generations.append(Generation(name, head["kind"], head["inputs"], head["units"], head["skipped"]))
+        with reading(head_uri):
+            head = json.loads(read_object(head_uri)[0])
+            generation = Generation(name, head["kind"], head["inputs"], head["units"], head["skipped"])
+        generations.append(generation)
 
 
 def generation_name(number: int) -> str:
@@ -214,16 +217,22 @@ def load_units(run_uri: str, generation: Generation) -> Iterator[Unit]:
 
 
 def unit_rows(unit: Unit) -> list[Listed]:
-    """The inputs of a unit."""
-    return _listed(pq.ParquetFile(io.BytesIO(_part(unit.part_uri))).read_row_group(unit.row_group))
+    """The inputs of a unit.
+
+    Raises:
+        UnreadableFile: their file is gone or damaged.
+    """
+    with reading(unit.part_uri):
+        return _listed(pq.ParquetFile(io.BytesIO(_part(unit.part_uri))).read_row_group(unit.row_group))
 
 
 def inventory_rows(run_uri: str, generation: Generation) -> Iterator[Listed]:
     """Every input of a generation, in key order."""
     for part_uri, _ in itertools.groupby(load_units(run_uri, generation), lambda unit: unit.part_uri):
-        file = pq.ParquetFile(io.BytesIO(read_object(part_uri)[0]))
-        for row_group in range(file.num_row_groups):
-            yield from _listed(file.read_row_group(row_group))
+        with reading(part_uri):
+            file = pq.ParquetFile(io.BytesIO(read_object(part_uri)[0]))
+            for row_group in range(file.num_row_groups):
+                yield from _listed(file.read_row_group(row_group))
 
 
 @lru_cache(maxsize=4)

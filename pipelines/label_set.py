@@ -42,6 +42,7 @@ from pipelines.errors import UsageError
 from pipelines.inventory import Generation, inventory_rows, list_generations, load_units
 from pipelines.scratch_table import ScratchTable
 from pipelines.unit_table import Unit
+from pipelines.unreadable import reading
 
 SCHEMA_VERSION = 3
 RUN_FILE = "run.json"
@@ -142,10 +143,13 @@ def find_run(output: str, name: str | None = None) -> str:
     if find_object(join(output, RUN_FILE)) is not None:
         return output
     runs = {run: load_run(run) for run in list_runs(output)}
-    if name is not None:
-        runs = {run: record for run, record in runs.items() if run.rsplit("/", 1)[1] == name}
     if not runs:
-        raise UsageError(f"{output} holds no {name or 'label set'}: make one with afa label")
+        raise UsageError(f"{output} holds no label set: make one with afa label")
+    if name is not None:
+        named = {run.rsplit("/", 1)[1]: run for run in runs}
+        if name not in named:
+            raise UsageError(f"{output} holds no {name}, only {', '.join(sorted(named))}")
+        return named[name]
     return max(runs, key=lambda run: runs[run]["created"])
 
 
@@ -159,12 +163,14 @@ def load_run(run: str) -> dict[str, Any]:
 
     Raises:
         UsageError: it is of another schema.
+        UnreadableFile: it is damaged.
     """
-    record: dict[str, Any] = json.loads(read_object(join(run, RUN_FILE))[0])
-    if record.get("schema_version") != SCHEMA_VERSION:
+    with reading(uri := join(run, RUN_FILE)):
+        record: dict[str, Any] = json.loads(read_object(uri)[0])
+        version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
         raise UsageError(
-            f"{run} has schema version {record.get('schema_version')}, this program reads {SCHEMA_VERSION}:"
-            " label into another --output"
+            f"{run} has schema version {version}, this program reads {SCHEMA_VERSION}: label into another --output"
         )
     return record
 
@@ -221,9 +227,17 @@ def label_files(run: str) -> Iterator[str]:
 
 
 def load_marker(run: str, unit: str) -> Marker:
-    """The marker of a committed unit."""
-    values = json.loads(read_object(label_uri(run, f"{unit}{MARKER}"))[0])
-    return Marker(**{item.name: values[item.name] for item in dataclasses.fields(Marker)})
+    """The marker of a committed unit.
+
+    Raises:
+        ObjectError: it has none.
+        UnreadableFile: it is damaged.
+    """
+    uri = label_uri(run, f"{unit}{MARKER}")
+    data, _ = read_object(uri)
+    with reading(uri):
+        values = json.loads(data)
+        return Marker(**{item.name: values[item.name] for item in dataclasses.fields(Marker)})
 
 
 def load_markers(run: str, units: Iterable[str]) -> Iterator[Marker]:
@@ -242,11 +256,20 @@ class CommittedUnit:
     rows: list[dict[str, Any]]
 
     def members(self) -> dict[str, tuple[bytes, dict[str, Any]]]:
-        """Mask (PNG) and facts by key, of every labelled picture of the unit that counts."""
+        """Mask (PNG) and facts by key, of every labelled picture of the unit that counts.
+
+        Raises:
+            UnreadableFile: they are gone or damaged.
+        """
+        uri = label_uri(self.run, self.marker.tar)
+        with reading(uri):
+            return self._members(read_object(uri)[0])
+
+    def _members(self, tar_bytes: bytes) -> dict[str, tuple[bytes, dict[str, Any]]]:
         wanted = {row["key"] for row in self.rows}
         masks: dict[str, bytes] = {}
         facts: dict[str, dict[str, Any]] = {}
-        with tarfile.open(fileobj=io.BytesIO(read_object(label_uri(self.run, self.marker.tar))[0])) as tar:
+        with tarfile.open(fileobj=io.BytesIO(tar_bytes)) as tar:
             for member in tar:
                 stream = tar.extractfile(member)
                 key, suffix = member.name.rsplit(".", 1)
@@ -272,8 +295,8 @@ def committed_units(run: str, columns: list[str] | None = None) -> Iterator[Comm
         for generation in reversed(generations):
             names = (unit.name for unit, committed in split_units(run, generation, done) if committed)
             for marker in load_markers(run, names):
-                table = pq.read_table(io.BytesIO(read_object(label_uri(run, marker.rows))[0]), columns=wanted)
-                rows = table.to_pylist()
+                with reading(uri := label_uri(run, marker.rows)):
+                    rows = pq.read_table(io.BytesIO(read_object(uri)[0]), columns=wanted).to_pylist()
                 gone = replaced.get([row["input"] for row in rows])
                 yield CommittedUnit(run, marker, [row for row in rows if row["input"] not in gone])
             if generation is not generations[0]:

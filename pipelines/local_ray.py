@@ -14,11 +14,13 @@ from pipelines.errors import heed_sigterm
 from pipelines.ray_leftovers import free_leftovers
 
 
-def start_ray(*, show_workers: bool = True) -> None:
+def start_ray(*, show_workers: bool = True, dashboard: bool = False) -> None:
     """Connect to ``RAY_ADDRESS`` (set inside a submitted job) or start Ray on this machine; once per process.
 
     Args:
         show_workers: bring what workers print to this process's terminal.
+        dashboard: a Ray that is started here has one. It takes a second of the start and a processor for another, but
+            Ray Train asks it every second whether a job's controller is alive, and complains where there is none.
     """
     if ray.is_initialized():
         return
@@ -26,11 +28,11 @@ def start_ray(*, show_workers: bool = True) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Without "local" Ray would look for a cluster that was once started here, and wait minutes for one that is gone.
     address = None if "RAY_ADDRESS" in os.environ else "local"
-    # A dashboard of its own would take a second of the start, and a processor for another.
-    without: dict[str, Any] = {} if address is None else {"include_dashboard": False}
-    ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers, **without)
+    own: dict[str, Any] = {} if address is None else {"include_dashboard": dashboard}
+    joined = ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers, **own)
     heed_sigterm()
-    if address is None and (freed := free_leftovers()):
+    # A cluster without a dashboard would not be asked, but whatever else answers where dashboards are.
+    if address is None and joined.dashboard_url and (freed := free_leftovers()):
         print(f"gave back what ended jobs had left reserved: {len(freed)} placement groups", file=sys.stderr)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the stages print lines of their own

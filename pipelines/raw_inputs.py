@@ -1,7 +1,7 @@
 """What inventory rows stand for, undecoded: a picture's bytes, the samples of a shard, or the reason why not.
 
 Reading runs ahead in a few threads and holds a bounded number of compressed pictures; whoever decodes takes them in
-order. Nothing here needs torch, for which exports and reports would wait.
+order. Only a shard brings torch, with webdataset: exports and reports of pictures would wait for it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from afa_core.data.sample import BadSample
 from afa_core.data.shards import DatasetIndex, file_sha256, save_dataset_index
 from pipelines.cli import stage_main
 from pipelines.decisions import Decision, Decisions, corrected_mask, named_run
@@ -177,7 +178,10 @@ class Review:
         corrected = decision is not None and bool(decision.mask)
         if mask is None or (item.row["tags_source"] == "given" and not corrected):
             return list(item.row["tags"])
-        return list(mask_tags(mask, self.classes))
+        try:
+            return list(mask_tags(mask, self.classes))
+        except BadSample as bad:
+            raise UsageError(f"the mask of {item.row['key']} is damaged ({bad}): afa verify-labels tells more") from bad
 
     def _facts(self, item: LabelledPicture, decision: Decision | None) -> dict[str, Any]:
         review = {"decision": decision.choice if decision else "undecided", "run": self.name}

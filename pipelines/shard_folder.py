@@ -17,6 +17,8 @@ def prepare_output(output: Path, *, overwrite: bool) -> None:
     Raises:
         UsageError: there is something in it that may not be removed.
     """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file: name a folder")
     output.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in output.iterdir()]
     foreign = [name for name in names if not OWN_FILE.fullmatch(name)]

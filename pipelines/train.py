@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     index = load_shard_set(dataset)
     check_inputs(index, experiment)
     verify_shard_set(dataset, index, ["train", "val"])
-    start_ray()
+    start_ray(dashboard=True)
     workers = scaling(experiment.train)
     name = arguments.resume or arguments.run_name or f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     run_uri = join(storage, name)

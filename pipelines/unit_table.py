@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.object_store import fetch_file, join
+from pipelines.unreadable import reading
 
 UNITS = "units.parquet"
 ROW_GROUP = 16_384
@@ -63,9 +64,13 @@ class UnitTableWriter:
 
 
 def read_units(folder: str) -> Iterator[Unit]:
-    """The units of the generation in ``folder``, in key order."""
-    with tempfile.TemporaryDirectory(prefix="afa-units-") as scratch:
-        path, _ = fetch_file(join(folder, UNITS), Path(scratch))
+    """The units of the generation in ``folder``, in key order.
+
+    Raises:
+        UnreadableFile: their table is gone or damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="afa-units-") as scratch, reading(uri := join(folder, UNITS)):
+        path, _ = fetch_file(uri, Path(scratch))
         with pq.ParquetFile(path) as table:
             for index in range(table.num_row_groups):
                 # Not iter_batches: it reads ahead, the further the longer the table is.

@@ -62,6 +62,7 @@ from pipelines.label_set import (
 from pipelines.label_sources import absolute_source
 from pipelines.scratch_table import ScratchTable
 from pipelines.unit_table import UNITS, Unit
+from pipelines.unreadable import UnreadableFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; prints counts, and every problem."""
+    try:
+        return verify(arguments)
+    except UnreadableFile as error:  # without which nothing else can be told
+        print(f"PROBLEM {error.problem}")
+        return 1
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Verify every run that is asked for, or the one.
+
+    Raises:
+        UnreadableFile: a run's own record is damaged.
+    """
     output = absolute_source(arguments.output)
     newest = find_run(output, arguments.run)
     runs = [newest] if arguments.run or newest == output else list_runs(output)
@@ -88,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  PROBLEM {problem}")
         print("  clean" if not report.problems else f"  {len(report.problems)} problems")
     if broken:
-        print("to have a unit labelled again, delete its UNIT.done.json and run the afa label command")
+        print("to have a damaged unit labelled again, delete its UNIT.done.json and run the afa label command")
     return 1 if broken else 0
 
 
@@ -106,10 +120,18 @@ class Report:
 def verify_run(run_uri: str) -> Report:
     """Check one run, unit by unit, several at a time."""
     report = Report()
+    try:
+        _verify_run(run_uri, report)
+    except UnreadableFile as error:  # of the inventory
+        report.problems.append(error.problem)
+    return report
+
+
+def _verify_run(run_uri: str, report: Report) -> None:
     generations = list_generations(run_uri)
     if not generations:
         report.problems.append("the inventory is not complete: run the afa label command again")
-        return report
+        return
     with scratch_table("expected") as expected:
         check_units(run_uri, generations, expected, report)
         for names in batched(label_files(run_uri), NAMES_AHEAD):
@@ -120,7 +142,6 @@ def verify_run(run_uri: str) -> Report:
     report.problems += [f"{uri} belongs to nothing" for uri in stray_run_files(run_uri)]
     if report.committed == report.units:
         report.counts = count_rows(run_uri)
-    return report
 
 
 def check_units(run_uri: str, generations: list[Generation], expected: ScratchTable, report: Report) -> None:
@@ -170,6 +191,8 @@ def check_unit(run_uri: str, unit: Unit, classes: int) -> UnitCheck:
         missing = f"{unit.name}{MARKER}" in error.detail and error.reason == "missing_object"
         text = "is not committed: run the afa label command again" if missing else f"cannot be read: {error}"
         check.problems.append(f"unit {unit.name} {text}")
+    except UnreadableFile as error:
+        check.problems.append(f"unit {unit.name} is damaged: {error.problem}")
     except (ValueError, KeyError, TypeError, OSError) as error:
         check.problems.append(f"unit {unit.name} is damaged: {type(error).__name__} {error}")
     return check

@@ -28,6 +28,7 @@ class Lanes(LoadScopeScheduling):
         return folder if folder.endswith("cluster") else nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Lanes:
     """With ``pytest -n 2`` the suite runs in two lanes: half of its time a test waits for other processes."""
     return Lanes(config, log)
@@ -45,7 +46,7 @@ def local_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Not the port that a command's own Ray takes: its agent would try for four seconds.
         patch.setattr(parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0))
-        start_ray()
+        start_ray(dashboard=True)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     os.environ.pop("RAY_ADDRESS", None)

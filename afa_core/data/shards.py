@@ -5,7 +5,8 @@
                              SHA-256, and the number of pictures per class
 
 A shard that does not match its entry is found before training starts. Tars are read with ``tarfile`` and grouped by
-the webdataset library; none of its decoders runs. It is imported where tars are, as it imports torch.
+the webdataset library; none of its decoders runs. It is imported as a tar is read or written: it imports torch, for
+which whoever only looks at an index or at masks need not wait.
 """
 
 from __future__ import annotations

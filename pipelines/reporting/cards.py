@@ -12,7 +12,6 @@ from PIL import Image
 
 from afa_core.classes import BACKGROUND, palette
 from afa_core.data.sample import BadSample, decode_image, decode_seg_label
-from infra.object_store import ObjectError
 from pipelines.errors import UsageError
 from pipelines.label_pictures import LabelledPicture, labelled_pictures
 from pipelines.label_set import CommittedUnit
@@ -49,7 +48,7 @@ def load_cards(run: str, chosen: list[Chosen], max_megapixels: float) -> Iterato
         try:
             for some in pool.map(of_unit, by_unit(run, chosen)):
                 found.update(some)
-        except (ObjectError, KeyError) as error:
+        except (KeyError, BadSample) as error:
             raise UsageError(f"{run} is damaged ({error}): afa verify-labels tells more") from error
     for item in chosen:
         yield card(item, found[item.row["key"]])

@@ -1,0 +1,84 @@
+"""A label set that lost a file or half of one: whoever reads it says which in one line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from generated_labels import write_run
+
+from pipelines.cli import main
+
+# Each is one file of the run below, and what is left of its bytes; None: the file is gone.
+DAMAGES = {
+    "run.json": 5,
+    "inventory/0000/inventory.json": 5,
+    "inventory/0000/units.parquet": 300,
+    "labels/*.done.json": 5,
+    "labels/*.parquet": 300,
+    "labels/*.tar": 5000,
+    "labels/*-a.tar": None,
+}
+READERS = {
+    "export": ("--format", "coco", "--output"),
+    "report": ("--output",),
+    "review": ("--undecided", "accept", "--output"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("labels") / "set"
+    write_run(folder, "run-1", 16)
+    (folder.parent / "decisions.csv").write_text("key,decision\n")
+    return folder
+
+
+@pytest.fixture(params=DAMAGES.items(), ids=lambda damage: damage[0].replace("/", " "))
+def damaged(whole: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy with one damage."""
+    pattern, bytes_left = request.param
+    labels = tmp_path / "set"
+    shutil.copytree(whole, labels)
+    [path] = (labels / "run-1").glob(pattern)
+    if bytes_left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:bytes_left])
+    return labels
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_readers_name_the_damaged_file_in_one_line(
+    command: str, damaged: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    action = ["apply", str(damaged), "--decisions", f"{whole.parent}/decisions.csv"]
+    what = action if command == "review" else [str(damaged)]
+    assert main([command, *what, *READERS[command], str(tmp_path / "made")]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{damaged}/run-1/" in line
+    assert "cannot be read" in line
+    assert not (tmp_path / "made").is_file()
+
+
+def test_verification_goes_through_whatever_is_damaged(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify-labels", str(damaged)]) == 1
+    printed = capsys.readouterr().out
+    assert "PROBLEM" in printed
+
+
+@pytest.mark.parametrize("command", ["report", "review"])
+def test_a_mask_that_is_none_is_named(
+    command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "set"
+    shutil.copytree(whole, labels)
+    [tar] = (labels / "run-1" / "labels").glob("*.tar")
+    tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\0\0\0\0"))
+    action = ["apply", str(labels), "--decisions", f"{whole.parent}/decisions.csv"]
+    what = action if command == "review" else [str(labels)]
+    assert main([command, *what, *READERS[command], str(tmp_path / "made")]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert main(["export", str(labels), *READERS["export"], str(tmp_path / "coco")]) == 2
+    assert main(["verify-labels", str(labels)]) == 1
