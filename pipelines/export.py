@@ -22,7 +22,7 @@ from pipelines.export_folder import unfinished_folder
 from pipelines.export_formats.exporter import Exporter, ExportJob
 from pipelines.inventory import list_generations
 from pipelines.label_pictures import LabelledPicture, labelled_pictures
-from pipelines.label_set import committed_names, committed_units, count_rows, find_run, load_run
+from pipelines.label_set import check_apart, committed_names, committed_units, count_rows, find_run, load_run
 from pipelines.label_sources import absolute_source
 
 # Format -> its class, in the module of this name in ``export_formats``.
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Export; prints what was written, what was left out and why, and what a reader needs to know."""
     check_options(arguments)
     exporter_class = load_exporter(arguments.format)
+    check_apart(arguments.output, arguments.labels)
     run_uri = find_run(absolute_source(arguments.labels), arguments.run)
     labels = count_rows(run_uri).labels
     if not labels:

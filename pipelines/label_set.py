@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from infra.object_store import (
     CONNECTIONS,
+    S3,
     find_object,
     join,
     list_folders,
@@ -151,6 +152,20 @@ def find_run(output: str, name: str | None = None) -> str:
             raise UsageError(f"{output} holds no {name}, only {', '.join(sorted(named))}")
         return named[name]
     return max(runs, key=lambda run: runs[run]["created"])
+
+
+def check_apart(output: str, labels: str) -> None:
+    """See that what is made of a label set is not written into it.
+
+    Raises:
+        UsageError: it would be.
+    """
+    if output.startswith(S3):
+        inside = join(output, "").startswith(join(labels, ""))
+    else:
+        inside = Path(output).resolve().is_relative_to(Path(labels).resolve())
+    if inside:
+        raise UsageError(f"--output {output} lies in the label set {labels}: use another place")
 
 
 def list_runs(output: str) -> list[str]:

@@ -8,7 +8,7 @@ from afa_core.checkpoint import CONFIG, WEIGHTS
 from infra.errors import ServiceError
 from infra.object_store import S3, ObjectError, fetch_file, join
 
-REGISTERED = "models:/"  # the registry knows it as SCHEME
+REGISTERED = "models:"  # what follows is for the registry to judge
 
 
 def find_model(reference: str, configured_uri: str | None, scratch: Path) -> tuple[Path, str]:

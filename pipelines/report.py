@@ -21,7 +21,7 @@ from infra.object_store import find_object, join, write_object
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
 from pipelines.inventory import list_generations
-from pipelines.label_set import committed_units, find_run, list_runs, load_run
+from pipelines.label_set import check_apart, committed_units, find_run, list_runs, load_run
 from pipelines.label_sources import absolute_source
 from pipelines.reporting import sections
 from pipelines.reporting.cards import load_cards
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page; prints what is in it."""
     if not 0 <= arguments.gallery <= MAX_GALLERY:
         raise UsageError(f"--gallery {arguments.gallery}: must lie between 0 and {MAX_GALLERY}")
+    check_apart(arguments.output, arguments.labels)
     labels, output = absolute_source(arguments.labels), absolute_source(arguments.output)
     if Path(output).is_dir():
         raise UsageError(f"--output {output} is a folder: name a file, as {output}/report.html")

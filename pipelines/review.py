@@ -28,7 +28,7 @@ from pipelines.cli import stage_main
 from pipelines.decisions import Decision, Decisions, corrected_mask, named_run
 from pipelines.errors import UsageError
 from pipelines.label_pictures import LabelledPicture, labelled_pictures
-from pipelines.label_set import CommittedUnit, committed_units, find_run, load_run
+from pipelines.label_set import CommittedUnit, check_apart, committed_units, find_run, load_run
 from pipelines.label_sources import absolute_source
 from pipelines.scratch_table import ScratchTable
 from pipelines.shard_folder import prepare_output
@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--samples-per-shard {arguments.samples_per_shard}: must be at least 1")
     if not 0 <= arguments.val_share < 1:
         raise UsageError(f"--val-share {arguments.val_share}: must lie between 0 and 1")
+    check_apart(str(arguments.output), arguments.labels)
     run_uri = find_run(absolute_source(arguments.labels), arguments.run or named_run(arguments.decisions))
     with (
         tempfile.TemporaryDirectory(prefix="afa-review-") as scratch,

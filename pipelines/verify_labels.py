@@ -97,13 +97,20 @@ def verify(arguments: argparse.Namespace) -> int:
         report = verify_run(run_uri)
         broken += len(report.problems)
         print(f"{run_uri}\n  inputs {report.inputs}  units {report.committed} of {report.units} committed")
-        print(f"  rows {report.counts.images}  labels {report.counts.labels}  quarantined {report.counts.quarantined}")
+        print(f"  {counted(report.counts)}")
         for problem in report.problems:
             print(f"  PROBLEM {problem}")
         print("  clean" if not report.problems else f"  {len(report.problems)} problems")
     if broken:
         print("to have a damaged unit labelled again, delete its UNIT.done.json and run the afa label command")
     return 1 if broken else 0
+
+
+def counted(counts: Counts | None) -> str:
+    """A run's rows in words."""
+    if counts is None:
+        return "rows are counted once all units are committed"
+    return f"rows {counts.images}  labels {counts.labels}  quarantined {counts.quarantined}"
 
 
 @dataclass
@@ -113,7 +120,7 @@ class Report:
     inputs: int = 0
     units: int = 0
     committed: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts | None = None  # known once all units are committed
     problems: list[str] = field(default_factory=list)
 
 

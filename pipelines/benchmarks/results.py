@@ -102,5 +102,5 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no result of afa bench: {error}") from error
+        raise UsageError(f"{path} is no result of afa bench --json ({error})") from error
     return dict(record)

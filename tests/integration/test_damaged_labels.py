@@ -68,6 +68,20 @@ def test_verification_goes_through_whatever_is_damaged(damaged: Path, capsys: py
     assert "PROBLEM" in printed
 
 
+@pytest.mark.parametrize("command", READERS)
+def test_nothing_is_written_into_a_label_set(
+    command: str, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(whole.parent)
+    before = sorted(whole.rglob("*"))
+    action = ["apply", "set", "--decisions", "decisions.csv"]
+    what = action if command == "review" else ["set"]
+    for output in ("set/made", "set", "other/../set/run-1/made"):
+        assert main([command, *what, *READERS[command], output]) == 2
+        assert f"--output {output} lies in the label set" in capsys.readouterr().err
+    assert sorted(whole.rglob("*")) == before
+
+
 @pytest.mark.parametrize("command", ["report", "review"])
 def test_a_mask_that_is_none_is_named(
     command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
