@@ -175,10 +175,10 @@ class ShardWriter:
     class_images: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._partial = self.path.with_suffix(".partial")
-        self._stream = self._partial.open("wb")
         from webdataset import TarWriter
 
+        self._partial = self.path.with_suffix(".partial")
+        self._stream = self._partial.open("wb")
         self._tar = TarWriter(self._stream, mtime=0, encoder=False)
 
     def write(self, members: Mapping[str, Any], tags: Iterable[str]) -> None:
