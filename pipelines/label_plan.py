@@ -79,6 +79,8 @@ def check_output(output: str, source: str) -> None:
     Raises:
         UsageError: the place holds something else, or labels of another input.
     """
+    if not output.startswith(S3) and Path(output).is_file():
+        raise UsageError(f"--output {output} is a file: name a folder")
     exists = output.startswith(S3) or Path(output).is_dir()
     first = next(list_objects(output), None) if exists else None
     if first is not None and not first.uri.startswith(join(output, RUN_PREFIX)):
@@ -116,7 +118,7 @@ def add_generations(job: LabelJob, source: str, output: str, arguments: argparse
     if not generations:
         added = _write(job, arguments.unit_size, generations, "listing", lambda: _listed(source, output))
         if not added.inputs:
-            raise InputError(f"{source} holds neither pictures nor .tar shards ({added.skipped} other objects)")
+            raise InputError(f"{source} has neither pictures nor .tar shards, only {added.skipped} other objects")
         return
     if arguments.incremental:
         added = _write(job, arguments.unit_size, generations, "incremental", lambda: _listed(source, output))

@@ -77,19 +77,21 @@ def list_source(source: str, leave_out: str | None = None) -> Iterator[Listed | 
 
 
 def check_source(source: str) -> None:
-    """See at once that a local source is there; what is on a store shows when it is listed.
+    """See at once that a local source is there and is one; what is on a store shows when it is listed.
 
     Raises:
         InputError: it is not.
     """
+    known = PurePosixPath(source).suffix.lower() in (*TABLE_SUFFIXES, SHARD_SUFFIX)
     # pathlib has an error for a name that is too long.
-    if not source.startswith(S3) and not os.path.exists(source):  # noqa: PTH110
+    if not source.startswith(S3) and not (os.path.exists(source) if known else os.path.isdir(source)):  # noqa: PTH110, PTH112
         raise _no_such_input(source)
 
 
 def _no_such_input(source: str) -> InputError:
+    what = "cannot be taken as input" if os.path.isfile(source) else "no such input"  # noqa: PTH113
     return InputError(
-        f"no such input: {source}; give a folder or s3:// prefix of pictures or shards, a .tar shard, or a table"
+        f"{what}: {source}; give a folder or s3:// prefix of pictures or shards, a .tar shard, or a table"
         f" ({', '.join(TABLE_SUFFIXES)}) of URIs"
     )
 

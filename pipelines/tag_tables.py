@@ -91,7 +91,7 @@ def split_tags(value: Any) -> tuple[str, ...] | None:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        raise InputError(f"no labels file {path}")
+        raise InputError(f"no table {path}")
     match path.suffix.lower():
         case ".csv":
             return _csv_records(path)
@@ -99,7 +99,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             return _json_records(path)
         case ".parquet":
             return _batch_records(pyarrow.parquet.ParquetFile(path).iter_batches(BATCH_ROWS))
-    raise InputError(f"labels file {path} must end in {', '.join(SUFFIXES)}")
+    raise InputError(f"table {path}: its name must end in {', '.join(SUFFIXES)}")
 
 
 def _csv_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -115,6 +115,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     (["--refinement", "par"], "unrecognized arguments: --refinement par"),
     (["--workers"], "--workers: expected one argument"),
     (["--input", "a" * 300], "no such input: "),
+    (["--input", __file__], "cannot be taken as input: "),
+    (["--output", __file__], f"--output {__file__} is a file: name a folder"),
 ], ids=str)  # fmt: skip
 def test_wrong_options_are_one_line(
     bundle: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]

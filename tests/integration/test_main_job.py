@@ -240,6 +240,7 @@ def test_champion_moves_only_to_a_better_score(champion: str, run_id: str, track
         (["label", "--model", "models:x", "--input", ".", "--output", "out"], "write models:/NAME@ALIAS"),
         (["label", "--model", "nowhere", "--input", ".", "--output", "out"], "nowhere holds no usable model"),
         (["label", "--model", "x", "--input", "nowhere", "--output", "out"], "no such input"),
+        (["label", "--model", "x", "--input", __file__, "--output", "out"], "cannot be taken as input"),
         (["evaluate", "nowhere", "SHARDS"], "holds no usable model"),
         (["shards", "voc", "nowhere", "out"], "has no JPEGImages"),
         (["shards", "folder", "nowhere", "out"], "no folder "),
