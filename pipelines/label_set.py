@@ -281,7 +281,7 @@ class CommittedUnit:
             return self._members(read_object(uri)[0])
 
     def _members(self, tar_bytes: bytes) -> dict[str, tuple[bytes, dict[str, Any]]]:
-        wanted = {row["key"] for row in self.rows}
+        wanted = {row["key"] for row in self.rows if row["status"] == "ok"}
         masks: dict[str, bytes] = {}
         facts: dict[str, dict[str, Any]] = {}
         with tarfile.open(fileobj=io.BytesIO(tar_bytes)) as tar:
@@ -294,7 +294,7 @@ class CommittedUnit:
                     masks[key] = stream.read()
                 else:
                     facts[key] = json.loads(stream.read())
-        return {key: (mask, facts[key]) for key, mask in masks.items()}
+        return {key: (masks[key], facts[key]) for key in wanted}
 
 
 def committed_units(run: str, columns: list[str] | None = None) -> Iterator[CommittedUnit]:

@@ -48,7 +48,7 @@ def load_cards(run: str, chosen: list[Chosen], max_megapixels: float) -> Iterato
         try:
             for some in pool.map(of_unit, by_unit(run, chosen)):
                 found.update(some)
-        except (KeyError, BadSample) as error:
+        except BadSample as error:  # of a mask
             raise UsageError(f"{run} is damaged ({error}): afa verify-labels tells more") from error
     for item in chosen:
         yield card(item, found[item.row["key"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,36 @@ READERS = {
 }
 
 
+def words(command: str, labels: object, whole: Path, output: object) -> list[str]:
+    """A command that reads labels; the table of decisions lies beside those that are whole."""
+    action = ["apply", str(labels), "--decisions", f"{whole.parent}/decisions.csv"]
+    return [command, *(action if command == "review" else [str(labels)]), *READERS[command], str(output)]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("labels") / "set"
     write_run(folder, "run-1", 16)
     (folder.parent / "decisions.csv").write_text("key,decision\n")
     return folder
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_mask_that_is_gone_is_its_tars_damage(
+    command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "set"
+    shutil.copytree(whole, labels)
+    [tar] = (labels / "run-1" / "labels").glob("*.tar")
+    with tarfile.open(tar) as old:
+        left = [(member, old.extractfile(member)) for member in old.getmembers()[1:]]
+        with tarfile.open(tmp_path / "new.tar", "w") as new:
+            for member, data in left:
+                new.addfile(member, data)
+    (tmp_path / "new.tar").replace(tar)
+    assert main(words(command, labels, whole, tmp_path / "made")) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{tar} cannot be read" in line
 
 
 @pytest.fixture(params=DAMAGES.items(), ids=lambda damage: damage[0].replace("/", " "))
@@ -53,9 +78,7 @@ def damaged(whole: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path
 def test_readers_name_the_damaged_file_in_one_line(
     command: str, damaged: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    action = ["apply", str(damaged), "--decisions", f"{whole.parent}/decisions.csv"]
-    what = action if command == "review" else [str(damaged)]
-    assert main([command, *what, *READERS[command], str(tmp_path / "made")]) == 2
+    assert main(words(command, damaged, whole, tmp_path / "made")) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"{damaged}/run-1/" in line
     assert "cannot be read" in line
@@ -74,10 +97,8 @@ def test_nothing_is_written_into_a_label_set(
 ) -> None:
     monkeypatch.chdir(whole.parent)
     before = sorted(whole.rglob("*"))
-    action = ["apply", "set", "--decisions", "decisions.csv"]
-    what = action if command == "review" else ["set"]
     for output in ("set/made", "set", "other/../set/run-1/made"):
-        assert main([command, *what, *READERS[command], output]) == 2
+        assert main(words(command, "set", whole, output)) == 2
         assert f"--output {output} lies in the label set" in capsys.readouterr().err
     assert sorted(whole.rglob("*")) == before
 
@@ -90,9 +111,7 @@ def test_a_mask_that_is_none_is_named(
     shutil.copytree(whole, labels)
     [tar] = (labels / "run-1" / "labels").glob("*.tar")
     tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\0\0\0\0"))
-    action = ["apply", str(labels), "--decisions", f"{whole.parent}/decisions.csv"]
-    what = action if command == "review" else [str(labels)]
-    assert main([command, *what, *READERS[command], str(tmp_path / "made")]) == 2
+    assert main(words(command, labels, whole, tmp_path / "made")) == 2
     assert "damaged" in capsys.readouterr().err
-    assert main(["export", str(labels), *READERS["export"], str(tmp_path / "coco")]) == 2
+    assert main(words("export", labels, whole, tmp_path / "coco")) == 2
     assert main(["verify-labels", str(labels)]) == 1
