@@ -7,10 +7,10 @@ The exact way is for small pictures, where speed does not matter and golden tens
 divides each class's map by its own maximum, and for a class that is hardly there this blows the rounding of another
 order (1e-7 in a feature) up beyond 1e-5. Labelled classes stay within it either way (docs/decisions/kernels.md).
 
-On the CPU the fast way works in pieces that stay in the cache, in attention, too, where it is ahead of torch's fused
-one. Products are oneDNN's on processors that are not Intel's: it reaches twice the rate of MKL's there, torch's own
-choice. On Intel's both are as fast, and MKL does not keep half a MiB for every size. With a gradient, and on the GPU,
-attention is torch's fused one.
+On the CPU the fast way works in pieces that stay in the cache. Products are oneDNN's on processors that are not
+Intel's: it reaches twice the rate of MKL's there, torch's own choice. On Intel's both are as fast, and MKL does not
+keep half a MiB for every size. Attention is torch's fused one, whose products are MKL's; where those are slow, passes
+without gradient take it in pieces.
 
 Shapes: B images, N queries, M keys, n heads of d channels.
 """
@@ -70,7 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, fast: bool) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V of [B, n, N, d], [B, n, M, d], [B, n, M, d] -> [B, n, N, d]."""
     if not fast:
         return ((query @ key.transpose(2, 3)) * query.shape[3] ** -0.5).softmax(dim=3) @ value
-    if works_in_pieces(query, fast=fast) and not torch.is_grad_enabled():
+    if works_in_pieces(query, fast=fast) and onednn_is_faster() and not torch.is_grad_enabled():
         return _attend_in_pieces(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
