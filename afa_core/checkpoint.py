@@ -78,6 +78,9 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu") -> Bundl
         InputError: the folder holds no bundle, or one that this version cannot read.
     """
     folder = Path(folder)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder} holds no usable model: it has no {' and no '.join(missing)}")
     try:
         config = json.loads((folder / CONFIG).read_text())
         state = load_file(folder / WEIGHTS)

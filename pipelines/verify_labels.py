@@ -62,7 +62,7 @@ from pipelines.label_set import (
 from pipelines.label_sources import absolute_source
 from pipelines.scratch_table import ScratchTable
 from pipelines.unit_table import UNITS, Unit
-from pipelines.unreadable import UnreadableFile
+from pipelines.unreadable import UnreadableFile, reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +121,7 @@ class Report:
     units: int = 0
     committed: int = 0
     counts: Counts | None = None  # known once all units are committed
+    damaged: list[str] = field(default_factory=list)  # units of which it cannot be told what files are theirs
     problems: list[str] = field(default_factory=list)
 
 
@@ -141,9 +142,7 @@ def _verify_run(run_uri: str, report: Report) -> None:
         return
     with scratch_table("expected") as expected:
         check_units(run_uri, generations, expected, report)
-        for names in batched(label_files(run_uri), NAMES_AHEAD):
-            known = expected.get(names)
-            report.problems += [f"{name} belongs to no committed unit" for name in sorted(set(names) - known.keys())]
+        report.problems += stray_label_files(run_uri, expected, report.damaged)
     report.problems += stray_inventory_files(run_uri)
     report.problems += [f"{uri} is of no driver at work" for uri in left_behind(run_uri)]
     report.problems += [f"{uri} belongs to nothing" for uri in stray_run_files(run_uri)]
@@ -163,6 +162,7 @@ def check_units(run_uri: str, generations: list[Generation], expected: ScratchTa
                     for check in pool.map(lambda unit: check_unit(run_uri, unit, classes), units):
                         report.inputs += check.inputs
                         report.committed += bool(check.files)
+                        report.damaged += check.damaged
                         report.problems += check.problems
                         twice = keys.add(generation.name, check.keys)
                         report.problems += [f"key {key} is in two units" for key in twice]
@@ -176,6 +176,7 @@ class UnitCheck:
     inputs: int = 0
     keys: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # itself, if what its files are cannot be read
     problems: list[str] = field(default_factory=list)
 
 
@@ -187,8 +188,10 @@ def check_unit(run_uri: str, unit: Unit, classes: int) -> UnitCheck:
         check.inputs = len(rows)
         marker = load_marker(run_uri, unit.name)
         check.files = [f"{unit.name}{MARKER}", marker.tar, marker.rows]
-        rows_bytes = read_object(label_uri(run_uri, marker.rows))[0]
-        table = pq.read_table(io.BytesIO(rows_bytes)).to_pylist()
+        rows_uri = label_uri(run_uri, marker.rows)
+        rows_bytes = read_object(rows_uri)[0]
+        with reading(rows_uri):
+            table = pq.read_table(io.BytesIO(rows_bytes)).to_pylist()
         check.keys = [row["key"] for row in table]
         check.problems += check_rows(unit, marker, {row.key: is_shard(row) for row in rows}, table)
         if hashlib.sha256(rows_bytes).hexdigest() != marker.rows_sha256:
@@ -200,6 +203,7 @@ def check_unit(run_uri: str, unit: Unit, classes: int) -> UnitCheck:
         check.problems.append(f"unit {unit.name} {text}")
     except UnreadableFile as error:
         check.problems.append(f"unit {unit.name} is damaged: {error.problem}")
+        check.damaged = [] if check.files else [unit.name]
     except (ValueError, KeyError, TypeError, OSError) as error:
         check.problems.append(f"unit {unit.name} is damaged: {type(error).__name__} {error}")
     return check
@@ -269,6 +273,14 @@ def stray_files(output: str, runs: list[str]) -> Iterator[str]:
     """What lies in a label set beside its runs, and folders that look like runs but have no ``run.json``."""
     inside = tuple(f"{run}/" for run in runs)
     yield from (f"{found.uri} is of no run" for found in list_objects(output) if not found.uri.startswith(inside))
+
+
+def stray_label_files(run_uri: str, expected: ScratchTable, damaged: list[str]) -> Iterator[str]:
+    """Files of the label folder that are not expected; those of damaged units are excused."""
+    excused = tuple(f"{unit}{end}" for unit in damaged for end in "-.")
+    for names in batched(label_files(run_uri), NAMES_AHEAD):
+        strays = sorted(set(names) - expected.get(names).keys())
+        yield from (f"{name} belongs to no committed unit" for name in strays if not name.startswith(excused))
 
 
 def stray_run_files(run_uri: str) -> Iterator[str]:

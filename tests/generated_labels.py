@@ -18,8 +18,9 @@ from afa_core.classes import SHAPES
 from afa_core.data.sample import encode_mask
 from afa_core.data.shapes import draw
 from infra.object_store import find_object
+from pipelines.inventory import ROWS
 from pipelines.label_set import MANIFEST, SCHEMA_VERSION
-from pipelines.unit_table import UNIT_ROWS
+from pipelines.unit_table import UNIT_ROWS, part_name
 
 PICTURES = 8
 SIZE_PX = 64
@@ -56,7 +57,7 @@ def write_run(
     run = folder / name
     uris = _pictures(folder.parent / f"{folder.name}-pictures")
     _write_json(run / "run.json", _record(folder, created, classes))
-    units = []
+    units, inputs = [], []
     (run / "labels").mkdir(parents=True)
     for number, start in enumerate(range(0, rows, unit_rows)):
         unit = f"0000-{number:06d}-{hashlib.sha256(f'{name}{number}'.encode()).hexdigest()[:12]}"
@@ -69,8 +70,10 @@ def write_run(
             table = [_quarantined(row, "undecodable_image") for row in table]
         _write_unit(run, unit, number, table, created)
         units.append({"name": unit, "part": 0, "row_group": number, "inputs": len(table)})
+        inputs += [{"size": -1, "problem": "", **{name: row[name] for name in ("key", "uri", "etag")}} for row in table]
     inventory = run / "inventory" / "0000"
     inventory.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(inputs, schema=ROWS), inventory / part_name(0), row_group_size=unit_rows)
     pq.write_table(pa.Table.from_pylist(units, schema=UNIT_ROWS), inventory / "units.parquet")
     head = {"kind": "listing", "inputs": rows, "units": len(units), "skipped": 0, "time": created}
     _write_json(inventory / "inventory.json", head)

@@ -85,10 +85,17 @@ def test_readers_name_the_damaged_file_in_one_line(
     assert not (tmp_path / "made").is_file()
 
 
-def test_verification_goes_through_whatever_is_damaged(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_set_has_no_problem(whole: Path) -> None:
+    assert main(["verify-labels", str(whole)]) == 0
+
+
+def test_one_damage_is_one_problem_that_names_the_file(
+    damaged: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern: str = request.node.callspec.params["damaged"][0]
     assert main(["verify-labels", str(damaged)]) == 1
-    printed = capsys.readouterr().out
-    assert "PROBLEM" in printed
+    [problem] = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
+    assert pattern.rsplit("/", 1)[-1].lstrip("*") in problem
 
 
 @pytest.mark.parametrize("command", READERS)
