@@ -121,7 +121,7 @@ class Report:
     units: int = 0
     committed: int = 0
     counts: Counts | None = None  # known once all units are committed
-    damaged: list[str] = field(default_factory=list)  # units of which it cannot be told what files are theirs
+    damaged: list[str] = field(default_factory=list)  # units of which it cannot be told what files they have
     problems: list[str] = field(default_factory=list)
 
 
@@ -176,7 +176,7 @@ class UnitCheck:
     inputs: int = 0
     keys: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)  # itself, if what its files are cannot be read
+    damaged: list[str] = field(default_factory=list)  # its name, if it cannot be told what files it has
     problems: list[str] = field(default_factory=list)
 
 
@@ -198,14 +198,15 @@ def check_unit(run_uri: str, unit: Unit, classes: int) -> UnitCheck:
             check.problems.append(f"{marker.rows} differs from its SHA-256")
         check.problems += check_masks(unit, marker, read_object(label_uri(run_uri, marker.tar))[0], table, classes)
     except ObjectError as error:
-        missing = f"{unit.name}{MARKER}" in error.detail and error.reason == "missing_object"
-        text = "is not committed: run the afa label command again" if missing else f"cannot be read: {error}"
-        check.problems.append(f"unit {unit.name} {text}")
+        if error.reason == "missing_object" and f"{unit.name}{MARKER}" in error.detail:
+            check.problems.append(f"unit {unit.name} is not committed: run the afa label command again")
+            return check
+        check.problems.append(f"unit {unit.name} cannot be read: {error}")
     except UnreadableFile as error:
         check.problems.append(f"unit {unit.name} is damaged: {error.problem}")
-        check.damaged = [] if check.files else [unit.name]
     except (ValueError, KeyError, TypeError, OSError) as error:
         check.problems.append(f"unit {unit.name} is damaged: {type(error).__name__} {error}")
+    check.damaged = [] if check.files else [unit.name]
     return check
 
 

@@ -98,6 +98,19 @@ def test_one_damage_is_one_problem_that_names_the_file(
     assert pattern.rsplit("/", 1)[-1].lstrip("*") in problem
 
 
+def test_a_marker_that_the_store_refuses_is_one_problem(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "set"
+    shutil.copytree(whole, labels)
+    [marker] = labels.glob("run-1/labels/*.done.json")
+    marker.unlink()
+    marker.mkdir()
+    assert main(["verify-labels", str(labels)]) == 1
+    [problem] = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
+    assert marker.name in problem
+
+
 @pytest.mark.parametrize("command", READERS)
 def test_nothing_is_written_into_a_label_set(
     command: str, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
