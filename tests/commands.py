@@ -24,6 +24,12 @@ def afa(*words: object, status: int = 0) -> str:
     return answer.stdout + answer.stderr
 
 
+def error_line(printed: str) -> str:
+    """The only line of what was printed that speaks of a mistake."""
+    [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def pip_install(python: str | Path, *words: object) -> None:
     """Install what tests compare with; where that fails they are skipped, and say so."""
     command = [python, "-m", "pip", "install", "--quiet", *map(str, words)]

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from afa_core.data.shapes import draw
 from infra.object_store import find_object
 from pipelines.inventory import ROWS
 from pipelines.label_set import MANIFEST, SCHEMA_VERSION
+from pipelines.label_sources import Listed
 from pipelines.unit_table import UNIT_ROWS, part_name
 
 PICTURES = 8
@@ -57,23 +59,26 @@ def write_run(
     run = folder / name
     uris = _pictures(folder.parent / f"{folder.name}-pictures")
     _write_json(run / "run.json", _record(folder, created, classes))
-    units, inputs = [], []
+    units = []
     (run / "labels").mkdir(parents=True)
-    for number, start in enumerate(range(0, rows, unit_rows)):
-        unit = f"0000-{number:06d}-{hashlib.sha256(f'{name}{number}'.encode()).hexdigest()[:12]}"
-        numbers = range(start, min(rows, start + unit_rows))
-        named = [keys[index] if index < len(keys) else f"{index % 997:03d}/{index:09d}" for index in numbers]
-        table = [_row(index, key, uris[index % PICTURES], created) for index, key in zip(numbers, named, strict=True)]
-        for row in table:
-            _rename(row, classes, unknown_tag)
-        if all_bad:
-            table = [_quarantined(row, "undecodable_image") for row in table]
-        _write_unit(run, unit, number, table, created)
-        units.append({"name": unit, "part": 0, "row_group": number, "inputs": len(table)})
-        inputs += [{"size": -1, "problem": "", **{name: row[name] for name in ("key", "uri", "etag")}} for row in table]
     inventory = run / "inventory" / "0000"
     inventory.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(inputs, schema=ROWS), inventory / part_name(0), row_group_size=unit_rows)
+    with pq.ParquetWriter(inventory / part_name(0), ROWS) as part:
+        for number, start in enumerate(range(0, rows, unit_rows)):
+            unit = f"0000-{number:06d}-{hashlib.sha256(f'{name}{number}'.encode()).hexdigest()[:12]}"
+            numbers = range(start, min(rows, start + unit_rows))
+            named = [keys[index] if index < len(keys) else f"{index % 997:03d}/{index:09d}" for index in numbers]
+            table = [
+                _row(index, key, uris[index % PICTURES], created) for index, key in zip(numbers, named, strict=True)
+            ]
+            for row in table:
+                _rename(row, classes, unknown_tag)
+            if all_bad:
+                table = [_quarantined(row, "undecodable_image") for row in table]
+            _write_unit(run, unit, number, table, created)
+            inputs = [asdict(Listed(row["key"], row["uri"], etag=row["etag"])) for row in table]
+            part.write_table(pa.Table.from_pylist(inputs, schema=ROWS))
+            units.append({"name": unit, "part": 0, "row_group": number, "inputs": len(table)})
     pq.write_table(pa.Table.from_pylist(units, schema=UNIT_ROWS), inventory / "units.parquet")
     head = {"kind": "listing", "inputs": rows, "units": len(units), "skipped": 0, "time": created}
     _write_json(inventory / "inventory.json", head)

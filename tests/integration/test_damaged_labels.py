@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from commands import error_line
 from generated_labels import write_run
 
 from pipelines.cli import main
@@ -42,12 +43,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def labels(whole: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "set"))
+
+
 @pytest.mark.parametrize("command", READERS)
 def test_a_mask_that_is_gone_is_its_tars_damage(
-    command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, whole: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels = tmp_path / "set"
-    shutil.copytree(whole, labels)
     [tar] = (labels / "run-1" / "labels").glob("*.tar")
     with tarfile.open(tar) as old:
         left = [(member, old.extractfile(member)) for member in old.getmembers()[1:]]
@@ -56,16 +61,13 @@ def test_a_mask_that_is_gone_is_its_tars_damage(
                 new.addfile(member, data)
     (tmp_path / "new.tar").replace(tar)
     assert main(words(command, labels, whole, tmp_path / "made")) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert f"{tar} cannot be read" in line
+    assert f"{tar} cannot be read" in error_line(capsys.readouterr().err)
 
 
 @pytest.fixture(params=DAMAGES.items(), ids=lambda damage: damage[0].replace("/", " "))
-def damaged(whole: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+def damaged(labels: Path, request: pytest.FixtureRequest) -> Path:
     """A copy with one damage."""
     pattern, bytes_left = request.param
-    labels = tmp_path / "set"
-    shutil.copytree(whole, labels)
     [path] = (labels / "run-1").glob(pattern)
     if bytes_left is None:
         path.unlink()
@@ -79,7 +81,7 @@ def test_readers_name_the_damaged_file_in_one_line(
     command: str, damaged: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words(command, damaged, whole, tmp_path / "made")) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    line = error_line(capsys.readouterr().err)
     assert f"{damaged}/run-1/" in line
     assert "cannot be read" in line
     assert not (tmp_path / "made").is_file()
@@ -98,11 +100,7 @@ def test_one_damage_is_one_problem_that_names_the_file(
     assert pattern.rsplit("/", 1)[-1].lstrip("*") in problem
 
 
-def test_a_marker_that_the_store_refuses_is_one_problem(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    labels = tmp_path / "set"
-    shutil.copytree(whole, labels)
+def test_a_marker_that_the_store_refuses_is_one_problem(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [marker] = labels.glob("run-1/labels/*.done.json")
     marker.unlink()
     marker.mkdir()
@@ -125,10 +123,8 @@ def test_nothing_is_written_into_a_label_set(
 
 @pytest.mark.parametrize("command", ["report", "review"])
 def test_a_mask_that_is_none_is_named(
-    command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, whole: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels = tmp_path / "set"
-    shutil.copytree(whole, labels)
     [tar] = (labels / "run-1" / "labels").glob("*.tar")
     tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\0\0\0\0"))
     assert main(words(command, labels, whole, tmp_path / "made")) == 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import boto3
 import pytest
-from commands import afa
+from commands import afa, error_line
 from generated_labels import write_run
 from labelling import picture
 
@@ -106,8 +106,7 @@ def test_mistakes_are_one_line(tmp_path: Path, words: list[str], said: str, caps
     status = main(["report", str(tmp_path / "labels"), "--output", str(tmp_path / "report.html"), *words])
     captured = capsys.readouterr()
     assert status == 2
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert said in line
+    assert said in error_line(captured.err)
 
 
 def test_ten_times_the_rows_take_no_more_memory() -> None:

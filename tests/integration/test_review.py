@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import afa
+from commands import afa, error_line
 from generated_labels import write_run
 from labelling import masks_of, picture
 from PIL import Image
@@ -120,8 +120,7 @@ def test_nothing_is_written_where_a_row_is_wrong(
     (labels.parent / "small.png").write_bytes(encode_mask(np.zeros((2, 3), np.uint8)))
     (labels.parent / "foreign.png").write_bytes(encode_mask(np.full((64, 64), 9, np.uint8)))
     output = apply(labels, text, status=2)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert said in line
+    assert said in error_line(capsys.readouterr().err)
     assert not output.exists()
 
 
