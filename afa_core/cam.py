@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afa_core.affinity import AffinityBetween, PairAffinity
 from afa_core.backbone import kernels
 from afa_core.backbone.features import BackboneOutput
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
@@ -41,13 +42,13 @@ class MultiScaleCam:
 
     Attributes:
         cam: [B, K, H, W] in 0..1, every class scaled on its own.
-        affinity: [B, M, M] of the un-mirrored pictures at the largest scale.
+        affinity: between tokens of the un-mirrored pictures at the largest scale; made when it is asked for.
         grid: (h, w), the token grid of ``affinity``.
         packing: which classes the K maps are of.
     """
 
     cam: Tensor
-    affinity: Tensor
+    affinity: AffinityBetween
     grid: tuple[int, int]
     packing: Packing
 
@@ -101,16 +102,17 @@ def multi_scale_cam(
             _scaled_cam(model, image[group], scales, packing.part(group), known and known.part(group))
             for group in groups
         ]
-    total = torch.cat([part.cam for part in parts])
+    totals, affinities, grids = zip(*parts, strict=True)
+    total = torch.cat(totals)
     lowest, highest = total.amin((2, 3), keepdim=True), total.amax((2, 3), keepdim=True)
     cam = (total - lowest) / (highest - lowest + EPSILON)
-    return MultiScaleCam(cam, torch.cat([part.affinity for part in parts]), parts[0].grid, packing)
+    return MultiScaleCam(cam, PairAffinity.joined(affinities), grids[0], packing)
 
 
 def _scaled_cam(
     model: AFANet, image: Tensor, scales: Sequence[float], packing: Packing, known: BackboneOutput | None
-) -> MultiScaleCam:
-    """The rectified maps summed over scales, not normalised yet."""
+) -> tuple[Tensor, PairAffinity, tuple[int, int]]:
+    """The rectified maps summed over scales, [B, K, H, W]; affinity of the largest, and its grid."""
     batch, _, height, width = image.shape
     total = image.new_zeros(batch, packing.index.shape[1], height, width)
     for scale in scales:
@@ -121,14 +123,13 @@ def _scaled_cam(
             passes = [model.backbone(half) for half in (both.split(batch) if batch == 1 else (both,))]
         raw = torch.cat([model.activate(features) for features in passes])
         if scale == max(scales):
-            grid = (raw.shape[2], raw.shape[3])
             straight = passes[0]
-            affinity = model.affinity_head(
+            affinity = model.affinity_head.pairs(
                 [query[:batch] for query in straight.queries], [key[:batch] for key in straight.keys]
             )
         straight_cam, mirrored = (resize(packing.pack(half), (height, width)) for half in (raw[:batch], raw[batch:]))
         total += torch.maximum(straight_cam, mirrored.flip(3)).relu_()
-    return MultiScaleCam(total, affinity, grid, packing)
+    return total, affinity, straight.grid
 
 
 def cam_to_label(

@@ -36,6 +36,7 @@ from afa_core.pseudo_label import (
     RefinedMaps,
     ShrunkenCrops,
     low_high_to_label,
+    random_walk,
     refine_affinity,
     refine_cam,
 )
@@ -190,8 +191,8 @@ def _run(
     height, width = pictures[0].image.shape[:2]
     scales = config.scales or bundle.cam_config.scales
     image = _network_input(bundle, pictures, scales)
-    output = bundle.model(image)
-    predicted = (output.class_logits.sigmoid() > config.tag_probability).float()
+    features = bundle.model.backbone(image)
+    predicted = _predicted(bundle.model.classify(features), config)
     given = [None if config.tags == "predicted" else names for names in tags]
     # Pictures without tags are marked by -1, so that one copy tells the device everything.
     unnamed = torch.full((len(bundle.classes),), -1.0)
@@ -199,12 +200,11 @@ def _run(
     named = torch.stack(rows).to(image.device, non_blocking=True)
     cls_label = torch.where(named < 0, predicted, named)
     packing = Packing.of(cls_label)
-    logits = output.seg_logits
-    if config.head != "cam":
-        logits = multi_scale_segmentation(bundle.model, image, scales)
+    several = config.head != "cam"
+    logits = multi_scale_segmentation(bundle.model, image, scales) if several else bundle.model.segment(features)
     wanted = resize(torch.cat([logits[:, :1], packing.pack(logits[:, 1:])], dim=1), image.shape[2:])
     segmentation = wanted.masked_fill(~packing.with_background()[:, :, None, None], -torch.inf).softmax(1)
-    cam = multi_scale_cam(bundle.model, image, scales, packing, output.backbone)
+    cam = multi_scale_cam(bundle.model, image, scales, packing, features)
     return _Batch(image, (height, width), given, predicted, cls_label, cam, segmentation)
 
 
@@ -241,7 +241,7 @@ def _begin_batch(
     bundle: Bundle, pictures: Sequence[WorkingPicture], tags: Sequence[Sequence[str] | None], config: LabelConfig
 ) -> _BegunBatch:
     batch = _run(bundle, pictures, tags, config)
-    maps = _refine(bundle, batch, config, background_scores(bundle, config))
+    maps = _Refinement(bundle, batch, config).at(background_scores(bundle, config))
     opinions = [_opinions(maps, batch, index, config) for index in range(len(pictures))]
     packing = batch.cam.packing
     channels = [row[:count] + 1 for row, count in zip(packing.index, packing.counts, strict=True)]
@@ -258,9 +258,10 @@ def label_at_scores(
 ) -> tuple[list[Pixels], Pixels]:
     """Labels [h, w] of one picture at several background scores, and the segmentation head's; without the CRF."""
     batch = _run(bundle, [picture], [tags], config)
+    refinement = _Refinement(bundle, batch, config)
     labels: list[Pixels] = []
     for low, high in zip(scores[::2], [*scores[1::2], scores[-1]], strict=False):
-        maps = _refine(bundle, batch, config, (low, high))
+        maps = refinement.at((low, high))
         chosen = maps.walked or maps.plain
         labels += [to_bytes(_class_label(run[0], batch, 0)) for run in chosen.runs.unbind(1)]
     return labels[: len(scores)], to_bytes(_class_label(batch.segmentation[0], batch, 0))
@@ -269,8 +270,14 @@ def label_at_scores(
 @torch.no_grad()
 def found_tags(bundle: Bundle, picture: WorkingPicture, config: LabelConfig) -> list[str]:
     """What the classifier is sure of in one picture."""
-    logits = bundle.model(_network_input(bundle, [picture], config.scales or bundle.cam_config.scales)).class_logits
-    return cls_label_to_tags((logits.sigmoid() > config.tag_probability).float()[0], bundle.classes)
+    image = _network_input(bundle, [picture], config.scales or bundle.cam_config.scales)
+    logits = bundle.model.classify(bundle.model.backbone(image))
+    return cls_label_to_tags(_predicted(logits, config)[0], bundle.classes)
+
+
+def _predicted(class_logits: Tensor, config: LabelConfig) -> Tensor:
+    """[B, F] what the classifier is sure of."""
+    return (class_logits.sigmoid() > config.tag_probability).float()
 
 
 @dataclass(frozen=True)
@@ -281,17 +288,24 @@ class _CamMaps:
     walked: RefinedMaps | None
 
 
-def _refine(bundle: Bundle, batch: _Batch, config: LabelConfig, scores: BackgroundScores) -> _CamMaps:
+class _Refinement:
     """What ``config.refine`` makes of the CAM; without PAR the maps are only resized."""
-    par = bundle.par_config
-    if "par" not in config.refine:
-        par = dataclasses.replace(par, iterations=0, shrink_factor=1)
-    boxes = torch.tensor([[0, batch.size[0], 0, batch.size[1]]]).expand(len(batch.image), 4)
-    crops = ShrunkenCrops(denormalise_to_unit(batch.image), par)
-    plain = refine_cam(crops, batch.cam, boxes, scores)
-    if "affinity" not in config.refine:
-        return _CamMaps(plain, None)
-    return _CamMaps(plain, refine_affinity(crops, batch.cam, boxes, scores, bundle.cam_config))
+
+    def __init__(self, bundle: Bundle, batch: _Batch, config: LabelConfig) -> None:
+        par = bundle.par_config
+        if "par" not in config.refine:
+            par = dataclasses.replace(par, iterations=0, shrink_factor=1)
+        self._cam = batch.cam
+        self._boxes = torch.tensor([[0, batch.size[0], 0, batch.size[1]]]).expand(len(batch.image), 4)
+        self._crops = ShrunkenCrops(denormalise_to_unit(batch.image), par)
+        self._walk = random_walk(batch.cam, bundle.cam_config) if "affinity" in config.refine else None
+
+    def at(self, scores: BackgroundScores) -> _CamMaps:
+        """The maps at a low and a high score."""
+        plain = refine_cam(self._crops, self._cam, self._boxes, scores)
+        if self._walk is None:
+            return _CamMaps(plain, None)
+        return _CamMaps(plain, refine_affinity(self._crops, self._cam, self._boxes, scores, self._walk))
 
 
 def _opinions(maps: _CamMaps, batch: _Batch, index: int, config: LabelConfig) -> Opinions:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afa_core.affinity import PairAffinity
 from afa_core.backbone import build_backbone, kernels
 from afa_core.backbone.features import Backbone, BackboneOutput
 from afa_core.config import ModelConfig
@@ -64,7 +65,7 @@ class TagLogits(NamedTuple):
 
 
 class AffinityHead(nn.Module):
-    """A = sigmoid(M + M^T + b), see the module header."""
+    """The affinity, see the module header."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -73,12 +74,14 @@ class AffinityHead(nn.Module):
         nn.init.kaiming_uniform_(self.head_weight[None], a=5**0.5)
 
     def forward(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-        """Queries and keys [B, n, N, d] of two blocks -> affinity [B, N, N], in 32 bit also under autocast."""
-        with torch.autocast(self.bias.device.type, enabled=False):
-            query = torch.cat(list(queries), dim=1).float() * self.head_weight[:, None, None]
-            key = torch.cat(list(keys), dim=1).float()
-            merged = kernels.similarity(query.transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2))
-            return torch.sigmoid(merged + merged.transpose(1, 2) + self.bias)
+        """Queries and keys [B, n, N, d] of two blocks -> affinity [B, N, N]."""
+        return self.pairs(queries, keys).all()
+
+    def pairs(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> PairAffinity:
+        """The affinity, not computed yet."""
+        query = torch.cat(list(queries), dim=1).float() * self.head_weight[:, None, None]
+        key = torch.cat(list(keys), dim=1).float()
+        return PairAffinity(query.transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2), self.bias)
 
 
 class AFANet(nn.Module):
@@ -107,7 +110,7 @@ class AFANet(nn.Module):
             return TagLogits(self.classify(features), 0.0 * torch.stack([part.sum() for part in idle]).sum())
         return AFAOutput(
             class_logits=self.classify(features),
-            seg_logits=self.decoder(features.features).float(),
+            seg_logits=self.segment(features),
             affinity=self.affinity_head(features.queries, features.keys),
             backbone=features,
         )
@@ -116,6 +119,10 @@ class AFANet(nn.Module):
         """Logits of the image-level tags, [B, F]."""
         pool = F.adaptive_max_pool2d if self.pooling == "max" else F.adaptive_avg_pool2d
         return self.classifier(pool(features.features[-1], 1)).flatten(1).float()
+
+    def segment(self, features: BackboneOutput) -> Tensor:
+        """Segmentation logits [B, C, h1, w1]."""
+        return self.decoder(features.features).float()
 
     def activate(self, features: BackboneOutput) -> Tensor:
         """Class activation maps before rectification and normalisation, [B, F, h4, w4] (equation 3)."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from afa_core import par
-from afa_core.affinity import propagate
+from afa_core.affinity import RandomWalk
 from afa_core.cam import MultiScaleCam, ignore_outside, multi_scale_cam, resize
 from afa_core.classes import BACKGROUND, IGNORE_INDEX
 from afa_core.config import CamConfig, ParConfig
@@ -122,10 +122,11 @@ def make_pseudo_label(
     scores = background_scores or (cam_config.background_score_low, cam_config.background_score_high)
     cam = multi_scale_cam(model, image, cam_config.scales, Packing.of(cls_label))
     crops = ShrunkenCrops(image_unit, par_config)
+    walk = random_walk(cam, cam_config) if with_affinity else None
     return PseudoLabel(
         cam=cam,
         refined_cam=refine_cam(crops, cam, boxes, scores),
-        refined_affinity=refine_affinity(crops, cam, boxes, scores, cam_config) if with_affinity else None,
+        refined_affinity=refine_affinity(crops, cam, boxes, scores, walk) if walk else None,
     )
 
 
@@ -143,10 +144,10 @@ def refine_cam(crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: 
 
 
 def refine_affinity(
-    crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: BackgroundScores, config: CamConfig
+    crops: ShrunkenCrops, cam: MultiScaleCam, boxes: Tensor, scores: BackgroundScores, walk: RandomWalk
 ) -> RefinedMaps:
     """Refined maps of the propagated CAM: PAR on the shrunken valid region of each crop."""
-    runs = _resize_runs(propagate_cam(cam, scores, config), crops.image_unit.shape[2:])
+    runs = _resize_runs(propagate_cam(cam, scores, walk), crops.image_unit.shape[2:])
     refined = torch.zeros_like(runs)
     for index, (count, (y0, y1, x0, x1)) in enumerate(zip(cam.packing.counts, boxes.tolist(), strict=True)):
         picture, weights = crops.of_box(index, (y0, y1, x0, x1))
@@ -156,19 +157,23 @@ def refine_affinity(
     return _to_refined_maps(refined, cam.packing, boxes)
 
 
-def propagate_cam(cam: MultiScaleCam, scores: Sequence[float], config: CamConfig) -> Tensor:
-    """CAM with background of S scores, walked along the affinity of the largest scale: [B, S, K + 1, h, w]."""
-    maps = resize(cam.cam, cam.grid)
-    runs = torch.stack([softmax_over_valid(maps, cam.packing, score) for score in scores], dim=1)
-    walked = propagate(
-        runs.flatten(1, 2),
+def random_walk(cam: MultiScaleCam, config: CamConfig) -> RandomWalk:
+    """The walk along the affinity of the largest scale."""
+    return RandomWalk(
         cam.affinity,
         cam.grid,
         radius=config.affinity_radius,
         power=config.propagation_power,
         iterations=config.propagation_iterations,
+        device=cam.cam.device,
     )
-    return walked.unflatten(1, runs.shape[1:3])
+
+
+def propagate_cam(cam: MultiScaleCam, scores: Sequence[float], walk: RandomWalk) -> Tensor:
+    """CAM with background of S scores, propagated: [B, S, K + 1, h, w]."""
+    maps = resize(cam.cam, cam.grid)
+    runs = torch.stack([softmax_over_valid(maps, cam.packing, score) for score in scores], dim=1)
+    return walk(runs.flatten(1, 2)).unflatten(1, runs.shape[1:3])
 
 
 def softmax_over_valid(cam: Tensor, packing: Packing, background_score: float) -> Tensor:

@@ -36,7 +36,7 @@ from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
 from afa_core.packing import strongest
-from afa_core.pseudo_label import make_pseudo_label, propagate_cam
+from afa_core.pseudo_label import make_pseudo_label, propagate_cam, random_walk
 from pipelines.shard_store import load_shard_set, split_files
 
 STAGES = ("cam", "refined_cam", "affinity_cam", "refined_affinity", "segmentation")
@@ -169,7 +169,8 @@ def _score_batch(
     assert made.refined_affinity is not None
     size = image.shape[2:]
     packing = made.cam.packing
-    affinity_cam = packing.unpack(resize(propagate_cam(made.cam, [threshold], cam_config)[:, 0], size))
+    walked = propagate_cam(made.cam, [threshold], random_walk(made.cam, cam_config))
+    affinity_cam = packing.unpack(resize(walked[:, 0], size))
     labels = {
         "cam": cam_to_label(made.cam.cam, packing, threshold),
         "refined_cam": made.refined_cam.label,

@@ -10,7 +10,7 @@ from afa_core.cam import MultiScaleCam
 from afa_core.config import CamConfig, ParConfig
 from afa_core.data.transforms import denormalise_to_unit
 from afa_core.packing import Packing
-from afa_core.pseudo_label import ShrunkenCrops, refine_affinity, refine_cam
+from afa_core.pseudo_label import ShrunkenCrops, random_walk, refine_affinity, refine_cam
 from pipelines.benchmarks import plain_form
 from pipelines.benchmarks.cases import PUBLISHED, Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
@@ -36,7 +36,7 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
     side = int(max(CAM.scales) * size.crop_px) // 16
     cam = torch.rand(size.batch, size.classes, size.crop_px, size.crop_px, device=size.device)
     affinity = torch.rand(size.batch, side * side, side * side, device=size.device)
-    maps = MultiScaleCam(labelled.pack(cam), affinity, (side, side), labelled)
+    maps = MultiScaleCam(labelled.pack(cam), lambda some, others: affinity[:, some, others], (side, side), labelled)
     scores = (CAM.background_score_low, CAM.background_score_high)
 
     def refine() -> None:
@@ -47,7 +47,7 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
         else:
             crops = ShrunkenCrops(denormalise_to_unit(batch.image), PAR)
             refine_cam(crops, maps, batch.boxes, scores)
-            refine_affinity(crops, maps, batch.boxes, scores, CAM)
+            refine_affinity(crops, maps, batch.boxes, scores, random_walk(maps, CAM))
 
     return Measurement(
         name=form,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afa_core.affinity import label_to_affinity_label, propagate
+from afa_core.affinity import COLUMN_EPSILON, label_to_affinity_label, window_mask
 from afa_core.backbone import kernels
 from afa_core.backbone.features import BackboneOutput
 from afa_core.cam import evaluation_mode, ignore_outside, resize, scaled_with_mirror
@@ -142,11 +142,7 @@ def _refined_affinity(
     maps = resize(cam * batch.cls_label[:, :, None, None], grid)
     valid = _valid(batch.cls_label)
     maps = _with_background(maps, score).masked_fill(~valid[:, :, None, None], -torch.inf).softmax(1)
-    walked = propagate(
-        maps, affinity, grid, radius=cam_config.affinity_radius, power=cam_config.propagation_power,
-        iterations=cam_config.propagation_iterations,
-    )  # fmt: skip
-    walked = resize(walked, unit.shape[2:])
+    walked = resize(propagate(maps, affinity, grid, cam_config), unit.shape[2:])
     refined = torch.zeros_like(walked)
     for index, (y0, y1, x0, x1) in enumerate(batch.boxes.tolist()):
         inside = unit[index, None, :, y0:y1, x0:x1]
@@ -154,6 +150,17 @@ def _refined_affinity(
         made = par(small, walked[index, None, valid[index], y0:y1, x0:x1], config)
         refined[index, valid[index], y0:y1, x0:x1] = resize(made, inside.shape[2:])[0]
     return refined
+
+
+def propagate(maps: Tensor, affinity: Tensor, grid: tuple[int, int], config: CamConfig) -> Tensor:
+    """The walk along all N x N pairs."""
+    far = ~window_mask(grid, config.affinity_radius, affinity.device)
+    weights = affinity.masked_fill(far, 0).pow(config.propagation_power)
+    transition = weights / (weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
+    walked = maps.flatten(2)
+    for _ in range(config.propagation_iterations):
+        walked = walked @ transition
+    return walked.unflatten(2, grid)
 
 
 def par(image_unit: Tensor, maps: Tensor, config: ParConfig) -> Tensor:

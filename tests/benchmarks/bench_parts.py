@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from afa_core import par
-from afa_core.affinity import propagate
+from afa_core.affinity import PairAffinity, RandomWalk
 from afa_core.backbone import kernels
 from afa_core.backbone.mit import MixFeedForward
 from afa_core.classes import palette
@@ -77,8 +77,9 @@ def test_par_iterations(benchmark: Benchmark, side: int) -> None:
 
 
 def test_walk(benchmark: Benchmark) -> None:
-    maps, affinity = torch.rand(1, 6, 48, 48), torch.rand(1, 2304, 2304)
-    benchmark(propagate, maps, affinity, (48, 48), radius=8, power=2.0, iterations=1)
+    maps, (query, key) = torch.rand(1, 6, 48, 48), torch.rand(2, 1, 2304, 1024)
+    affinity = PairAffinity(query, key, torch.zeros(()))
+    benchmark(lambda: RandomWalk(affinity, (48, 48), radius=8, power=2.0, iterations=1)(maps))
 
 
 @pytest.mark.parametrize("level", [1, 6, 9])

@@ -32,7 +32,7 @@ from afa_core.losses import affinity_loss
 from afa_core.model import AFANet, build_model
 from afa_core.optim import parameter_groups
 from afa_core.packing import Packing
-from afa_core.pseudo_label import make_pseudo_label, propagate_cam
+from afa_core.pseudo_label import make_pseudo_label, propagate_cam, random_walk
 from afa_core.published import import_published
 from afa_core.segmentation import multi_scale_segmentation
 from afa_core.step import Batch, training_step
@@ -161,17 +161,19 @@ class Case:
         config = self.cam_config
         cam = multi_scale_cam(self.model, self.image, config.scales)
         mirrored = multi_scale_cam(self.model, self.image.flip(3), config.scales)
+        every = slice(None)
         golden = torch.from_numpy(self.expected["cam_multiscale"])
         yield "cam_multiscale", "absolute", golden + (cam.cam - golden) * self._strength()
-        yield "affinity_largest_scale", "absolute", torch.cat([cam.affinity, mirrored.affinity])
+        yield "affinity_largest_scale", "absolute", torch.cat([made.affinity(every, every) for made in (cam, mirrored)])
         yield "grid_largest_scale", "exact", torch.tensor(cam.grid)
         labelled = multi_scale_cam(self.model, self.image, config.scales, Packing.of(self.cls_label))
         yield "cam_valid", "absolute", labelled.packing.unpack(labelled.cam)
         yield "cam_label_plain", "labels", cam_to_label(labelled.cam, labelled.packing, config.background_score)
         band = (config.background_score_low, config.background_score_high)
         yield "cam_label_ignore_mid", "labels", cam_to_label(labelled.cam, labelled.packing, band, self.boxes)
+        walk = random_walk(labelled, config)
         for name, score in zip(("propagated_low", "propagated_high"), band, strict=True):
-            yield name, "absolute", labelled.packing.unpack(propagate_cam(labelled, [score], config)[:, 0])
+            yield name, "absolute", labelled.packing.unpack(propagate_cam(labelled, [score], walk)[:, 0])
 
     @torch.no_grad()
     def _strength(self) -> Tensor:

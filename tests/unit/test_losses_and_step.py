@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afa_core.affinity import PairAffinity
 from afa_core.config import CamConfig, LossConfig, ModelConfig, OptimConfig, ParConfig
 from afa_core.losses import Phase, affinity_loss, phase_at, segmentation_loss
 from afa_core.model import AFANet
@@ -90,6 +91,23 @@ def test_every_phase_gives_every_parameter_a_gradient(step: int, terms: set[str]
     result.loss.backward()
     assert set(result.terms) == terms
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(("step", "walked"), [(2, False), (4, True)])
+def test_affinity_of_the_cam_is_made_in_the_phase_that_walks_along_it(
+    step: int, walked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for = []
+    make = PairAffinity.__call__
+
+    def watched(pairs: PairAffinity, some: slice, others: slice) -> torch.Tensor:
+        asked_for.append(others)
+        return make(pairs, some, others)
+
+    monkeypatch.setattr(PairAffinity, "__call__", watched)
+    model = AFANet(ModelConfig(backbone="mit_tiny"), 3).eval()
+    training_step(model, batch(), step, CamConfig(), PAR, PHASES)
+    assert bool(asked_for) == walked
 
 
 def test_total_is_the_weighted_sum() -> None:

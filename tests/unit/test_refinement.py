@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afa_core import par
-from afa_core.affinity import label_to_affinity_label, propagate, window_mask
+from afa_core.affinity import (
+    STRIP_TOKENS,
+    AffinityBetween,
+    PairAffinity,
+    RandomWalk,
+    label_to_affinity_label,
+    window_mask,
+)
 from afa_core.cam import MultiScaleCam, cam_to_label, evaluation_mode, multi_scale_cam
 from afa_core.classes import IGNORE_INDEX
 from afa_core.config import CamConfig, ModelConfig, ParConfig
@@ -99,10 +106,48 @@ def test_affinity_label_of_a_small_map() -> None:
     assert nearest[0, 1] == 1
 
 
+def between(affinity: torch.Tensor) -> AffinityBetween:
+    """Any affinity [B, N, N], as a walk asks for it."""
+    return lambda some, others: affinity[:, some, others]
+
+
+def test_affinity_of_pairs_is_that_of_all() -> None:
+    torch.manual_seed(0)
+    pairs = PairAffinity(torch.randn(2, 12, 5), torch.randn(2, 12, 5), torch.tensor(0.3))
+    some, others = slice(2, 7), slice(5, 12)
+    torch.testing.assert_close(pairs(some, others), pairs.all()[:, some, others])
+    halves = [PairAffinity(pairs.query[part], pairs.key[part], pairs.bias) for part in (slice(0, 1), slice(1, 2))]
+    assert torch.equal(PairAffinity.joined(halves).all(), pairs.all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 10), st.sampled_from([0.5, 1.0, 2.0]), st.integers(1, 3),
+    st.integers(1, 100), st.integers(0, 999),
+)  # fmt: skip
+def test_a_walk_in_strips_is_its_definition(
+    height: int, width: int, radius: int, power: float, iterations: int, strip_tokens: int, seed: int
+) -> None:
+    """Equations 7 and 8 with all pairs: T = D^-1 (A . window)^power, maps T."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = height * width
+    maps = torch.rand(2, 3, height, width, generator=generator)
+    affinity = torch.rand(2, tokens, tokens, generator=generator)
+    affinity = (affinity + affinity.transpose(1, 2)) / 2
+    weights = (affinity * window_mask((height, width), radius)) ** power
+    expected = maps.flatten(2)
+    for _ in range(iterations):
+        expected = expected @ (weights / (weights.sum(1, keepdim=True) + 0.1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STRIP_TOKENS, "cpu", strip_tokens)
+        walk = RandomWalk(between(affinity), (height, width), radius=radius, power=power, iterations=iterations)
+    torch.testing.assert_close(walk(maps).flatten(2), expected)
+
+
 def test_a_walk_along_the_identity_only_loses_what_the_epsilon_takes() -> None:
     maps = torch.rand(2, 3, 4, 5)
     affinity = torch.eye(20).expand(2, 20, 20)
-    walked = propagate(maps, affinity, (4, 5), radius=8, power=2.0, iterations=3)
+    walked = RandomWalk(between(affinity), (4, 5), radius=8, power=2.0, iterations=3)(maps)
     torch.testing.assert_close(walked, maps / 1.1**3)
 
 
@@ -111,9 +156,9 @@ def test_a_walk_fills_a_region_of_equal_affinity() -> None:
     maps[..., 0] = 1
     affinity = torch.zeros(1, 6, 6)
     affinity[:, :3, :3] = 1
-    walked = propagate(maps, affinity, (1, 6), radius=8, power=1.0, iterations=1)[0, 0, 0]
+    walked = RandomWalk(between(affinity), (1, 6), radius=8, power=1.0, iterations=1)(maps)[0, 0, 0]
     torch.testing.assert_close(walked, torch.tensor([1, 1, 1, 0, 0, 0]) / 3.1)
-    near = propagate(maps, affinity, (1, 6), radius=1, power=1.0, iterations=1)[0, 0, 0]
+    near = RandomWalk(between(affinity), (1, 6), radius=1, power=1.0, iterations=1)(maps)[0, 0, 0]
     assert near[2] == 0
 
 
@@ -166,7 +211,7 @@ def test_refined_labels_are_tags_background_or_ignored(
     boxes = torch.tensor([[0, height, 0, width // 2]])
     packing = Packing.of(torch.tensor([[1.0, 0.0, 1.0]]))
     crops = ShrunkenCrops(image, SMALL_PAR)
-    packed = MultiScaleCam(packing.pack(cam), torch.zeros(1, 1, 1), (1, 1), packing)
+    packed = MultiScaleCam(packing.pack(cam), between(torch.zeros(1, 1, 1)), (1, 1), packing)
     maps = refine_cam(crops, packed, boxes, (low, high))
     assert set(maps.label.unique().tolist()) <= {0, 1, 3, IGNORE_INDEX}
     assert (maps.label[:, :, width // 2 :] == IGNORE_INDEX).all()
