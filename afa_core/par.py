@@ -16,9 +16,11 @@ Shapes: B images, K maps, H x W pixels, D = 8 * number of dilations neighbours.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +88,31 @@ def neighbour_weights(image_unit: Tensor, config: ParConfig) -> Tensor:
 
 
 def _on_gpu(maps: Tensor) -> bool:
-    """Whether the fused kernels serve; a build of torch without Triton, or for another GPU, goes without them."""
-    return maps.is_cuda and maps.dtype == torch.float32 and find_spec("triton") is not None
+    """Whether the fused kernels serve."""
+    return maps.is_cuda and maps.dtype == torch.float32 and kernels_run(maps.device)
+
+
+@lru_cache
+def kernels_run(device: torch.device) -> bool:
+    """Whether the fused kernels can be had; at its first launch Triton compiles itself a helper.
+
+    A build of torch without Triton, or for another GPU, goes without them, and so does a machine that cannot compile,
+    which is said.
+    """
+    if find_spec("triton") is None:
+        return False
+    from afa_core import par_gpu
+
+    try:
+        pixel = torch.zeros(1, 1, 1, 1, device=device)
+        par_gpu.step(pixel, pixel, torch.zeros(1, 2, dtype=torch.int32, device=device))
+    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+        reason = str(error).partition("\n")[0]
+        sys.stderr.write(
+            f"PAR goes without its GPU kernels, which is slower: {reason} (Triton wants gcc and Python's headers)\n"
+        )
+        return False
+    return True
 
 
 @lru_cache(maxsize=16)

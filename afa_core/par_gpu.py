@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 PIXELS = 256
+# Not compiled anew for sizes that 16 divides: lanes would then take four pixels each, and gather 16 bytes apart.
+ANY_SIZE = ["maps_count", "height", "width"]
 MOST_MAPS = 8
 
 
@@ -57,7 +59,7 @@ def _neighbour(offsets, index, y, x, height, width):  # type: ignore[no-untyped-
     return near_y * width + near_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def _weights_kernel(  # type: ignore[no-untyped-def]
     image, weights, offsets, position, height, width, bandwidth, epsilon, COUNT: tl.constexpr, PIXELS: tl.constexpr
 ):
@@ -101,7 +103,7 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
         tl.store(at, share + tl.load(position + index), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def _step_kernel(  # type: ignore[no-untyped-def]
     maps, weights, offsets, mixed, maps_count, height, width,
     COUNT: tl.constexpr, GROUP: tl.constexpr, PIXELS: tl.constexpr,

@@ -58,6 +58,12 @@ for capability in (80, 90):
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 """
 
+NO_GPU = """
+import torch
+from afa_core import par
+assert not par.kernels_run(torch.device("cpu"))
+"""
+
 
 @pytest.fixture(scope="module")
 def triton_path() -> Iterator[str]:
@@ -70,9 +76,8 @@ def triton_path() -> Iterator[str]:
         yield folder
 
 
-@pytest.mark.parametrize(("script", "interpret"), [(RUN, "1"), (COMPILE, "0")], ids=["run", "compile"])
-def test_the_kernels_are_par_and_compile(script: str, interpret: str, triton_path: str, tmp_path: Path) -> None:
-    answer = subprocess.run(
+def python(script: str, interpret: str, triton_path: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {
             "PYTHONPATH": triton_path, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path),
@@ -81,4 +86,16 @@ def test_the_kernels_are_par_and_compile(script: str, interpret: str, triton_pat
         text=True,
         check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "interpret"), [(RUN, "1"), (COMPILE, "0")], ids=["run", "compile"])
+def test_the_kernels_are_par_and_compile(script: str, interpret: str, triton_path: str, tmp_path: Path) -> None:
+    answer = python(script, interpret, triton_path, tmp_path)
     assert answer.returncode == 0, answer.stderr
+
+
+def test_where_triton_cannot_start_par_says_so_and_goes_without(triton_path: str, tmp_path: Path) -> None:
+    answer = python(NO_GPU, "0", triton_path, tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.startswith("PAR goes without its GPU kernels")
+    assert answer.stderr.count("\n") == 1
