@@ -69,6 +69,8 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
 
 def _synchronised(norm: nn.BatchNorm2d, device: torch.device) -> nn.Module:
     kind = nn.SyncBatchNorm if device.type == "cuda" else WorkerBatchNorm2d
-    synchronised = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    synchronised = kind(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device=device
+    )
     synchronised.load_state_dict(norm.state_dict())
     return synchronised

@@ -119,8 +119,9 @@ def _scaled_cam(
         both = scaled_with_mirror(image, scale)
         if scale == 1 and known is not None:
             passes = [known, model.backbone(both[batch:])]
-        else:  # the mirrors are a pass of their own where pictures pass one by one
-            passes = [model.backbone(half) for half in (both.split(batch) if batch == 1 else (both,))]
+        else:  # the mirror is a pass of its own where pictures pass one by one
+            alone = kernels.passes_alone(image.shape[2:], image.device)
+            passes = [model.backbone(half) for half in (both.split(1) if alone else (both,))]
         raw = torch.cat([model.activate(features) for features in passes])
         if scale == max(scales):
             straight = passes[0]

@@ -95,6 +95,7 @@ def training_step(
         label, refined_cam_label = _labels(model, batch, phase, cam_config, par_config)
         if kernels.passes_alone(batch.image.shape[2:], batch.image.device):
             return_free_memory()  # else what the labels of large pictures took stays beside what the gradient needs
+    with mixed:  # anew: before torch 2.11 weights cast without a gradient would serve here, and get none
         output: AFAOutput = forward(batch.image)
     affinity_label = label_to_affinity_label(refined_cam_label, output.backbone.grid, cam_config.affinity_radius)
     terms = {

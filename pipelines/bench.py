@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from afa_core.backbone import kernels
 from pipelines.benchmarks.results import compare, ratios, save, table
 from pipelines.cli import stage_main
 
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pipelines.benchmarks.machine import describe_machine, roofline
 
     machine: dict[str, Any] = describe_machine()
-    roof = roofline(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    roof = roofline(kernels.best_device())
     machine["roofline"] = roof
     print("  ".join(f"{name} {value}" for name, value in machine.items() if name != "roofline"))
     print(

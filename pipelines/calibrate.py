@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from afa_core.backbone import kernels
 from afa_core.calibration import SCORES, Agreement, MaskedScores, kappa, observe
 from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--pictures {arguments.pictures}: must be at least 1")
     with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
         folder, _ = find_model(arguments.model, arguments.tracking_uri, Path(scratch))
-        bundle = load_bundle(folder)
+        bundle = load_bundle(folder, kernels.best_device())
     config = label_config(arguments, bundle)
     table: dict[float, dict[str, float]] = {score: {} for score in SCORES}
     facts: dict[str, Any] = {"scores": table}

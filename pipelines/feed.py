@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from afa_core.data.loading import load_batches
 from afa_core.data.order import SampleOrder
 from afa_core.data.shards import DatasetIndex
@@ -19,9 +17,16 @@ PREFETCH_STEPS = 256
 
 
 def step_batches(
-    dataset: str, index: DatasetIndex, experiment: ExperimentConfig, *, first_step: int, rank: int, world_size: int
+    dataset: str,
+    index: DatasetIndex,
+    experiment: ExperimentConfig,
+    *,
+    first_step: int,
+    rank: int,
+    world_size: int,
+    pinned: bool,
 ) -> Iterator[list[TrainBatch]]:
-    """The parts of every step from the first on, without end."""
+    """The parts of every step from the first on, without end; pinned: in memory that a GPU copies from."""
     data, train = experiment.data, experiment.train
     files = split_files(dataset, index, "train", data.cache_gib)
     order = SampleOrder(
@@ -33,7 +38,7 @@ def step_batches(
     )
     samples = TrainSamples(order, files, TrainTransform(data, index.classes), index.classes, data, train.seed)
     plan = WorkerBatches(first_step, train.global_batch, train.batch_size, rank, world_size)
-    batches = load_batches(samples, plan, data.loader_workers, pinned=torch.cuda.is_available())
+    batches = load_batches(samples, plan, data.loader_workers, pinned=pinned)
     wanted = _wanted_shards(order, plan)
     with Prefetch(files) as prefetch:
         for shards in wanted:

@@ -12,9 +12,9 @@ from contextlib import closing
 from typing import Any
 
 import numpy as np
-import torch
 from ray.util.metrics import Counter
 
+from afa_core.backbone import kernels
 from afa_core.checkpoint import Bundle, load_bundle
 from afa_core.config import LabelConfig
 from afa_core.data.sample import encode_mask
@@ -63,7 +63,7 @@ class Labeller:
 
     def __init__(self, job: LabelJob) -> None:
         self.job = job
-        self.bundle: Bundle = load_bundle(job.bundle_dir, "cuda" if torch.cuda.is_available() else "cpu")
+        self.bundle: Bundle = load_bundle(job.bundle_dir, kernels.best_device())
         self._images = Counter("afa_label_images", "Pictures labelled or quarantined.", tag_keys=("status", "reason"))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from afa_core.backbone import kernels
 from afa_core.cam import cam_to_label, evaluation_mode, resize
 from afa_core.checkpoint import load_bundle
 from afa_core.classes import tags_to_cls_label
@@ -113,7 +114,7 @@ def score_bundle(bundle_dir: Path, dataset: str, split: str = "val") -> dict[str
     Raises:
         InputError: the model or the split is not usable, or the split has no masks.
     """
-    bundle = load_bundle(bundle_dir)
+    bundle = load_bundle(bundle_dir, kernels.best_device())
     index = load_shard_set(dataset)
     if index.classes != bundle.classes:
         raise InputError(f"{dataset} has the classes {index.classes}, the model {bundle.classes}")

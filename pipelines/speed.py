@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,6 +49,11 @@ def apply_speed(config: SpeedConfig, backbone: Any) -> None:
     if config.compile:
         assert isinstance(backbone, nn.Module)
         backbone.compile(dynamic=False)  # one for sizes of any kind its compiler cannot make
+
+
+def uncompiled(config: SpeedConfig) -> AbstractContextManager[Any]:
+    """Without the compiler for a while: pictures of ever new sizes would use up what it has room for."""
+    return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
 class StepProfiler:

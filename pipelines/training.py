@@ -47,7 +47,7 @@ from pipelines.progress import Progress, peak_memory_gib
 from pipelines.run_state import check_state, read_state, seed_step, write_state
 from pipelines.scoring import Scores, evaluation_samples, score_samples
 from pipelines.shard_store import load_shard_set, split_files
-from pipelines.speed import StepProfiler, apply_speed
+from pipelines.speed import StepProfiler, apply_speed, uncompiled
 from pipelines.worker_group import StepFacts, WorkerGroup
 
 CHECKPOINTS = "checkpoints"
@@ -134,7 +134,7 @@ class Worker:
         self._say(f"{self.group.size} of {train.workers} workers, {train.global_batch} pictures a step")
         batches = step_batches(
             self.settings.dataset, self.index, experiment,
-            first_step=self.step, rank=self.group.rank, world_size=self.group.size,
+            first_step=self.step, rank=self.group.rank, world_size=self.group.size, pinned=self.device.type == "cuda",
         )  # fmt: skip
         profiler = StepProfiler(experiment.speed.profile_steps if self.history else 0, self._store)
         self.model.train()
@@ -261,8 +261,10 @@ class Worker:
         )  # fmt: skip
         scores = Scores(len(self.index.classes))
         rows: list[list[Tile]] = []
-        for batch in score_samples(self.model, samples, self.index.classes, experiment.cam, experiment.par, scores):
-            rows += scored_rows(batch)[: experiment.train.grid_pictures - len(rows)]
+        with uncompiled(experiment.speed):
+            for batch in score_samples(self.model, samples, self.index.classes, experiment.cam, experiment.par, scores):
+                wanted = experiment.train.grid_pictures - len(rows)
+                rows += scored_rows(batch)[:wanted] if wanted else []
         scores.all_reduce(self.device)
         summary = scores.summary()
         self._say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items()))

@@ -42,6 +42,11 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def best_device() -> torch.device:
+    """This process's GPU, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def is_large(size: tuple[int, ...]) -> bool:
     """Whether pictures of a size (H, W) are worth the fast way."""
     return size[0] * size[1] >= FAST_FROM_PIXELS

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from afa_core.backbone import kernels
 from afa_core.checkpoint import load_bundle, save_bundle
 from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
 from afa_core.data.sample import decode_image
@@ -39,8 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=256, help="pictures a job labels (%(default)s)")
     parser.add_argument("--side", type=int, default=256, metavar="PIXELS", help="of a picture (%(default)s)")
     parser.add_argument("--unit-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="a job for each number")
+    parser.add_argument("--workers", type=int, nargs="+", default=worker_numbers(), help="a job for each number")
     parser.add_argument("--rounds", type=int, default=1, help="turns that the cases take")
+
+
+def worker_numbers() -> list[int]:
+    """One and two, but not more than there are GPUs: each worker has one."""
+    return [1] if torch.cuda.device_count() == 1 else [1, 2]
 
 
 def run(arguments: argparse.Namespace) -> list[Measurement]:
@@ -87,7 +93,7 @@ def make_bundle(folder: Path) -> Path:
 def bare_loop(bundle_dir: Path, folder: Path, count: int) -> Measurement:
     """Labels in a loop, in this process, on one thread."""
     torch.set_num_threads(1)
-    bundle = load_bundle(bundle_dir, "cuda" if torch.cuda.is_available() else "cpu")
+    bundle = load_bundle(bundle_dir, kernels.best_device())
     paths = sorted(folder.iterdir())[:count]
     images = [decode_image(path.read_bytes(), 100.0) for path in paths]
     label_pictures(bundle, images[:1], [None])

@@ -57,3 +57,11 @@ def test_alone_it_is_plain_and_names_stay() -> None:
     assert type(model[1][0]) is WorkerBatchNorm2d
     assert list(model.state_dict()) == list(before)
     assert torch.equal(model(inputs()), expected)
+
+
+def test_it_lies_where_the_network_does() -> None:
+    """An optimiser's state is loaded to where its parameters are, before the network is wrapped."""
+    device = torch.device("meta")
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(device)
+    synchronise_batch_norm(model, device)
+    assert {tensor.device for tensor in model.state_dict().values()} == {device}
