@@ -26,8 +26,8 @@ from afa_core.backbone import kernels
 from afa_core.classes import IGNORE_INDEX
 
 COLUMN_EPSILON = 0.1
-# Tokens of a strip of a walk: on the CPU few pairs beside the window's, on a GPU few launches.
-STRIP_TOKENS = {"cpu": 160, "cuda": 4096}
+# Tokens of a strip of a walk, on the CPU and elsewhere: few pairs beside the window's, or few launches.
+CPU_STRIP_TOKENS, STRIP_TOKENS = 160, 4096
 
 # Tokens and other tokens, of n and m -> their affinity [B, n, m].
 AffinityBetween = Callable[[slice, slice], Tensor]
@@ -67,7 +67,7 @@ class PairAffinity:
             return torch.sigmoid(there + back + self.bias)
 
 
-@lru_cache(maxsize=8)  # of pictures of 512 pixels each has 5 MiB
+@lru_cache(maxsize=8)  # of crops of 512 pixels a step needs one of 1 MiB, a walk on a GPU one of 5
 def window_mask(grid: tuple[int, int], radius: int, device: torch.device | None = None) -> Tensor:
     """Boolean [N, N]: pairs of tokens at most ``radius`` rows and ``radius`` columns apart; None: on the CPU."""
     rows, columns = (_near(side, radius, device) for side in grid)
@@ -165,7 +165,8 @@ def _strips(
     affinity: AffinityBetween, grid: tuple[int, int], radius: int, power: float, device: torch.device
 ) -> Iterator[_Strip]:
     height, width = grid
-    for first, last in kernels.even_cuts(height, max(1, STRIP_TOKENS[device.type] // width)):
+    strip_tokens = CPU_STRIP_TOKENS if device.type == "cpu" else STRIP_TOKENS
+    for first, last in kernels.even_cuts(height, max(1, strip_tokens // width)):
         reach = min(height, last + radius)
         tokens, ahead = slice(first * width, last * width), slice(first * width, reach * width)
         far = ~window_mask((reach - first, width), radius, device)[: (last - first) * width]

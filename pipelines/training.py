@@ -261,10 +261,11 @@ class Worker:
         )  # fmt: skip
         scores = Scores(len(self.index.classes))
         rows: list[list[Tile]] = []
+        pictures = experiment.train.grid_pictures if self.history else 0
         with uncompiled(experiment.speed):
             for batch in score_samples(self.model, samples, self.index.classes, experiment.cam, experiment.par, scores):
-                wanted = experiment.train.grid_pictures - len(rows)
-                rows += scored_rows(batch)[:wanted] if wanted else []
+                if len(rows) < pictures:
+                    rows += scored_rows(batch)[: pictures - len(rows)]
         scores.all_reduce(self.device)
         summary = scores.summary()
         self._say(f"step {self.step}  validation  " + "  ".join(f"{k} {v:.3f}" for k, v in summary.items()))

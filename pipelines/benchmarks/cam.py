@@ -1,4 +1,7 @@
-"""``afa bench cam``: multi-scale class activation maps with the affinity of the largest scale."""
+"""``afa bench cam``: multi-scale class activation maps with the affinity of the largest scale.
+
+The published code makes the affinity of all pairs, this project that of a walk's window.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from afa_core.cam import multi_scale_cam, scaled_with_mirror
 from afa_core.config import CamConfig
 from afa_core.model import AFANet
 from afa_core.packing import Packing
+from afa_core.pseudo_label import random_walk
+from afa_core.step import Batch
 from pipelines.benchmarks import plain_form
 from pipelines.benchmarks.cases import PUBLISHED, Size, add_size_arguments, forms_in_turns, prepare
 from pipelines.benchmarks.measure import Measurement, peak_mib, repeat
@@ -36,10 +41,16 @@ def measure(size: Size, form: str, repetitions: int) -> Measurement:
         plain_form.use_plain_kernels()
         seconds = repeat(lambda: plain_form.multi_scale_cam(model, batch.image, SCALES), repetitions)
     else:
-        seconds = repeat(lambda: multi_scale_cam(model, batch.image, SCALES, Packing.of(batch.cls_label)), repetitions)
+        seconds = repeat(lambda: maps_and_walk(model, batch), repetitions)
     peak = peak_mib()
     operations = encoder_operations(model, batch.image)
     return Measurement(name=form, seconds=seconds, images=size.batch, peak_mib=peak, operations=operations)
+
+
+@torch.no_grad()
+def maps_and_walk(model: AFANet, batch: Batch) -> None:
+    """The maps, and the affinity as far as a walk needs it."""
+    random_walk(multi_scale_cam(model, batch.image, SCALES, Packing.of(batch.cls_label)), CamConfig())
 
 
 @torch.no_grad()

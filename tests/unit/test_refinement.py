@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afa_core import affinity as walks
 from afa_core import par
 from afa_core.affinity import (
-    STRIP_TOKENS,
     AffinityBetween,
     PairAffinity,
     RandomWalk,
@@ -139,7 +139,7 @@ def test_a_walk_in_strips_is_its_definition(
     for _ in range(iterations):
         expected = expected @ (weights / (weights.sum(1, keepdim=True) + 0.1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STRIP_TOKENS, "cpu", strip_tokens)
+        patch.setattr(walks, "CPU_STRIP_TOKENS", strip_tokens)
         walk = RandomWalk(between(affinity), (height, width), radius=radius, power=power, iterations=iterations)
     torch.testing.assert_close(walk(maps).flatten(2), expected)
 
