@@ -15,6 +15,7 @@ from typing import Any
 from afa_core.backbone import kernels
 from pipelines.benchmarks.results import compare, ratios, save, table
 from pipelines.cli import stage_main
+from pipelines.errors import UsageError
 
 # Benchmark -> what it measures. Each is a module of pipelines.benchmarks with add_arguments and run.
 BENCHMARKS = {
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.benchmark == "compare":
         print(compare(arguments.before, arguments.after))
         return 0
+    if arguments.json:
+        _check_writable(arguments.json)
     from pipelines.benchmarks.machine import describe_machine, roofline
 
     machine: dict[str, Any] = describe_machine()
@@ -62,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {name: value for name, value in vars(arguments).items() if name not in hidden}
         save(arguments.json, arguments.benchmark, settings, machine, measurements)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before minutes of measuring, not behind them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UsageError(f"--json {path}: {error.strerror}") from error
 
 
 def _module(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,16 +81,8 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
     """
     if arguments.published:
         check_clone(arguments.published)
-    for option, value, least in (
-        *(("crop", crop_px, SMALLEST_CROP_PX) for crop_px in arguments.crop),
-        ("batch", arguments.batch, 1),
-        ("classes", arguments.classes, 1),
-        ("tags", arguments.tags, 0),
-        ("repetitions", arguments.repetitions, 1),
-        ("rounds", arguments.rounds, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{option} {value}: must be at least {least}")
+    least = {"crop": SMALLEST_CROP_PX, "batch": 1, "classes": 1, "tags": 0, "threads": 0, "repetitions": 1, "rounds": 1}
+    check_numbers(arguments, least)
     return [
         Size(
             backbone=arguments.backbone,
@@ -106,6 +98,19 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
         )
         for crop_px in arguments.crop
     ]
+
+
+def check_numbers(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """See that options are at least so much.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name, bound in least.items():
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < bound:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
 
 
 def prepare(size: Size) -> tuple[AFANet, Batch]:

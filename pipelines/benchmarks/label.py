@@ -27,6 +27,7 @@ from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
 from afa_core.data.sample import decode_image
 from afa_core.labelling import label_pictures
 from afa_core.model import build_model
+from pipelines.benchmarks.cases import check_numbers
 from pipelines.benchmarks.measure import Measurement, in_own_process, peak_mib
 from pipelines.errors import UsageError
 from pipelines.label_set import committed_names, list_runs, load_markers
@@ -51,6 +52,7 @@ def worker_numbers() -> list[int]:
 
 def run(arguments: argparse.Namespace) -> list[Measurement]:
     """The bare loop, then a job for each number of workers."""
+    check_numbers(arguments, {"side": 2, "unit_size": 1, "workers": 1, "rounds": 1})
     if arguments.pictures < 3 * arguments.unit_size:
         raise UsageError(f"--pictures {arguments.pictures}: a job needs three units (--unit-size) to show a rate")
     with tempfile.TemporaryDirectory(prefix="afa-bench-") as scratch:

@@ -40,6 +40,7 @@ from afa_core.data.shards import ShardWriter
 from afa_core.data.train_samples import TrainBatch, TrainSamples, collate
 from afa_core.data.transforms import TrainItem, TrainTransform
 from afa_core.errors import InputError
+from pipelines.benchmarks.cases import check_numbers
 from pipelines.benchmarks.measure import Measurement, in_own_process
 
 CLASSES = ("thing",)
@@ -64,8 +65,10 @@ def run(arguments: argparse.Namespace) -> list[Measurement]:
     """Measure every case; ``seconds`` are processor seconds.
 
     Raises:
+        UsageError: a number is too small.
         InputError: the folder has no JPEG.
     """
+    check_numbers(arguments, {"limit": 1, "crop_px": 1, "batch_size": 1, "repetitions": 1})
     if not has_litdata():
         sys.stderr.write("litdata is left out: it is not installed (pip install 'afa-pipelines[bench]')\n")
     measured: list[Measurement] = in_own_process(_measure, arguments)

@@ -158,8 +158,9 @@ def propagate(maps: Tensor, affinity: Tensor, grid: tuple[int, int], config: Cam
     weights = affinity.masked_fill(far, 0).pow(config.propagation_power)
     transition = weights / (weights.sum(dim=1, keepdim=True) + COLUMN_EPSILON)
     walked = maps.flatten(2)
-    for _ in range(config.propagation_iterations):
-        walked = walked @ transition
+    with torch.autocast(maps.device.type, enabled=False):
+        for _ in range(config.propagation_iterations):
+            walked = walked @ transition
     return walked.unflatten(2, grid)
 
 

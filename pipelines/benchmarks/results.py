@@ -63,7 +63,6 @@ def save(
             for item in measurements
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 

@@ -47,10 +47,13 @@ def test_a_wrong_model_is_one_line() -> None:
 
 @pytest.mark.parametrize(("words", "says"), [
     (("step", "--crop", "32"), "--crop 32: must be at least 64"),
+    (("loader", "--limit", "0"), "--limit 0: must be at least 1"),
+    (("label", "--workers", "0"), "--workers 0: must be at least 1"),
+    (("par", "--json", "/dev/null/x.json"), "--json /dev/null/x.json: File exists"),
     (("step", "--published", "nowhere"), "--published nowhere: must be a clone of"),
     (("compare", "nothing.json", "nothing.json"), "nothing.json: No such file"),
     (("compare", __file__, __file__), "is no result of afa bench"),
-], ids=["crop", "published", "missing", "other"])  # fmt: skip
+], ids=["crop", "limit", "workers", "json", "published", "missing", "other"])  # fmt: skip
 def test_wrong_input_is_one_line(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
