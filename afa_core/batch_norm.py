@@ -34,18 +34,19 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` over the batches [B, C, H, W] of all workers while it trains."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise [B, C, H, W]."""
+        """Normalise [B, C, H, W]; under autocast, whose formats are too coarse for sums, in 32 bit."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
-        pixels = input.new_full((1,), input.numel() // input.shape[1])
-        sums = _SumOverWorkers.apply(torch.cat([input.sum((0, 2, 3)), pixels]))
+        values = input.float()
+        pixels = values.new_full((1,), input.numel() // input.shape[1])
+        sums = _SumOverWorkers.apply(torch.cat([values.sum((0, 2, 3)), pixels]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
-        centred = input - mean[:, None, None]
+        centred = values - mean[:, None, None]
         variance = _SumOverWorkers.apply(centred.square().sum((0, 2, 3))) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, unbiased_variance: Tensor) -> None:

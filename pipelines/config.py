@@ -142,7 +142,8 @@ def experiment_from_values(values: Mapping[str, Any], origin: str) -> Experiment
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         if first["type"] == "unexpected_keyword_argument":
             raise UsageError(f"{origin}: unknown key {key!r}{_known(first['loc'])}") from error
-        raise UsageError(f"{origin}: {key} = {first['input']!r}: {first['msg']}") from error
+        given = f" = {first['input']!r}" if first["loc"] else ""
+        raise UsageError(f"{origin}: {key}{given}: {first['msg']}") from error
 
 
 def experiment_to_values(experiment: ExperimentConfig) -> dict[str, Any]:

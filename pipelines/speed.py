@@ -75,7 +75,12 @@ class StepProfiler:
     def after_step(self, step: int) -> None:
         """Count, and hand the profile over after the last one."""
         self._left = max(0, self._left - 1)
-        if self._profile is None or self._left:
+        if not self._left:
+            self.close(step)
+
+    def close(self, step: int) -> None:
+        """Hand over what there is at the end of a job, which may be shorter than was thought."""
+        if self._profile is None:
             return
         self._profile.stop()
         with tempfile.TemporaryDirectory(prefix="afa-profile-") as folder:

@@ -194,8 +194,11 @@ def finish(
         KeyboardInterrupt: Ctrl-C or SIGTERM, with words on how to go on.
     """
     try:
-        # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
-        outcome = ThreadPoolExecutor(1).submit(train, settings, workers, experiment, name).result()
+        # Ray keeps a record of its own, which nothing here depends on.
+        with tempfile.TemporaryDirectory(prefix="afa-ray-train-", ignore_cleanup_errors=True) as scratch:
+            # In a thread: in the main one Ray Train answers SIGINT by ending the process, with nothing recorded.
+            fitted = ThreadPoolExecutor(1).submit(train, settings, workers, experiment, name, scratch)
+            outcome = fitted.result()
         if "error" not in outcome:
             return record_success(settings, logger, experiment, outcome)
     except KeyboardInterrupt as interrupt:
@@ -215,23 +218,23 @@ def finish(
     return 1
 
 
-def train(settings: WorkerSettings, workers: ScalingConfig, experiment: ExperimentConfig, name: str) -> dict[str, Any]:
+def train(
+    settings: WorkerSettings, workers: ScalingConfig, experiment: ExperimentConfig, name: str, scratch: str
+) -> dict[str, Any]:
     """Run the workers to their end; what rank 0 returns."""
-    # Ray keeps a record of its own, which nothing here depends on.
-    with tempfile.TemporaryDirectory(prefix="afa-ray-train-", ignore_cleanup_errors=True) as scratch:
-        trainer = TorchTrainer(
-            train_worker,  # type: ignore[arg-type]  # as above
-            train_loop_config=asdict(settings),
-            scaling_config=workers,
-            run_config=RunConfig(
-                name=name,
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=experiment.train.max_failures),
-                logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # stubs show Train V1
-            ),
-        )
-        outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]  # as above
-        return outcome
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # as above
+        train_loop_config=asdict(settings),
+        scaling_config=workers,
+        run_config=RunConfig(
+            name=name,
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=experiment.train.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # stubs show Train V1
+        ),
+    )
+    outcome: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]  # as above
+    return outcome
 
 
 def record_failure(logger: RunLogger, reason: str) -> None:

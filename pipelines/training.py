@@ -153,6 +153,7 @@ class Worker:
                 self.progress.pause()
             elif self.step % save_every == 0:
                 self._save({})
+        profiler.close(self.step - 1)
         self._wait_for_upload()
 
     def close(self) -> str:

@@ -17,6 +17,8 @@ from pipelines.errors import UsageError
 
 # At the CAM's half scale the finest grid still has to hold the first stage's reduction.
 SMALLEST_CROP_PX = 64
+# Whose scales of 1 and 1.5 are whole tokens.
+PUBLISHED_CROP_PX = 32
 FORMS = ("plain", "here")
 PUBLISHED = "published"
 
@@ -81,6 +83,9 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
     """
     if arguments.published:
         check_clone(arguments.published)
+        odd = [crop_px for crop_px in arguments.crop if crop_px % PUBLISHED_CROP_PX]
+        if odd:
+            raise UsageError(f"--crop {odd[0]}: the published code takes multiples of {PUBLISHED_CROP_PX}")
     least = {"crop": SMALLEST_CROP_PX, "batch": 1, "classes": 1, "tags": 0, "threads": 0, "repetitions": 1, "rounds": 1}
     check_numbers(arguments, least)
     return [

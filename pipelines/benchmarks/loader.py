@@ -35,7 +35,7 @@ from afa_core.config import DataConfig
 from afa_core.data.draws import Draws
 from afa_core.data.loading import PREFETCH, load_batches
 from afa_core.data.order import SampleOrder
-from afa_core.data.sample import decode_image, decode_sample, encode_sample
+from afa_core.data.sample import BadSample, decode_image, decode_sample, encode_sample
 from afa_core.data.shards import ShardWriter
 from afa_core.data.train_samples import TrainBatch, TrainSamples, collate
 from afa_core.data.transforms import TrainItem, TrainTransform
@@ -244,15 +244,26 @@ def load_pictures(folder: Path | None, limit: int) -> list[bytes]:
     """The first JPEGs of a folder, or generated ones.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or one that is not a usable picture.
     """
     if folder is None:
         drawn = [photograph_like(number) for number in range(min(limit, GENERATED))]
         return [drawn[number % len(drawn)] for number in range(limit)]
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:limit]
-    if not paths:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder")
+    jpegs = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg") and path.is_file())
+    if not jpegs:
         raise InputError(f"{folder} has no JPEG (.jpg, .jpeg)")
-    return [path.read_bytes() for path in paths]
+    return [_read_picture(path) for path in jpegs[:limit]]
+
+
+def _read_picture(path: Path) -> bytes:
+    data = path.read_bytes()
+    try:
+        decode_image(data, 100.0)
+    except BadSample as bad:
+        raise InputError(f"{path} cannot be measured with: {bad}") from bad
+    return data
 
 
 def photograph_like(number: int) -> bytes:

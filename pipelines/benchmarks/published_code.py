@@ -39,6 +39,10 @@ SETTINGS = SimpleNamespace(
     ),
     dataset=SimpleNamespace(ignore_index=IGNORE_INDEX),
 )
+_FILES = (
+    "wetr/model_attn_aff.py", "wetr/mix_transformer.py", "wetr/segformer_head.py", "wetr/PAR.py",
+    "utils/camutils.py", "utils/losses.py", "utils/imutils.py",
+)  # fmt: skip
 _UNUSED = ("imageio", "matplotlib", "matplotlib.pyplot", "pydensecrf", "pydensecrf.densecrf", "pydensecrf.utils",
            "torchvision")  # fmt: skip
 
@@ -153,8 +157,9 @@ def check_clone(folder: str) -> None:
     Raises:
         UsageError: it does not.
     """
-    if not (Path(folder) / "wetr" / "model_attn_aff.py").is_file():
-        raise UsageError(f"--published {folder}: must be a clone of github.com/rulixiang/afa")
+    missing = [name for name in _FILES if not (Path(folder) / name).is_file()]
+    if missing:
+        raise UsageError(f"--published {folder}: must be a clone of github.com/rulixiang/afa; it has no {missing[0]}")
 
 
 def _stand_in() -> None:

@@ -6,12 +6,30 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
+
+from annotated_types import Gt
+from pydantic import AllowInfNan, TypeAdapter, ValidationError
 
 from pipelines.benchmarks.measure import Measurement
 from pipelines.errors import UsageError
 
 SCHEMA_VERSION = 1
+
+
+class _Case(TypedDict):
+    name: str
+    median_s: Annotated[float, Gt(0), AllowInfNan(False)]
+    peak_mib: Annotated[float, AllowInfNan(False)] | None
+
+
+class _Record(TypedDict):
+    """What ``compare`` reads of a file."""
+
+    schema_version: Literal[1]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    measurements: list[_Case]
 
 
 def table(measurements: Sequence[Measurement], roof: dict[str, float] | None) -> str:
@@ -74,10 +92,13 @@ def compare(before: Path, after: Path) -> str:
     """
     one, other = _load(before), _load(after)
     lines = [
-        f"{part}.{name}: {one[part].get(name)} / {other[part].get(name)}"
-        for part in ("settings", "machine")
-        for name in sorted({*one[part], *other[part]})
-        if one[part].get(name) != other[part].get(name)
+        f"{part}.{name}: {old.get(name)} / {new.get(name)}"
+        for part, old, new in (
+            ("settings", one["settings"], other["settings"]),
+            ("machine", one["machine"], other["machine"]),
+        )
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
     ]
     cases = {item["name"]: item for item in one["measurements"]}
     shared = [(cases[item["name"]], item) for item in other["measurements"] if item["name"] in cases]
@@ -93,13 +114,12 @@ def compare(before: Path, after: Path) -> str:
     return "\n".join(lines)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> _Record:
     try:
-        record = json.loads(path.read_text())
-        if record["schema_version"] != SCHEMA_VERSION or not isinstance(record["measurements"], list):
-            raise ValueError(f"schema version {record['schema_version']}")
+        return TypeAdapter(_Record).validate_json(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no result of afa bench --json ({error})") from error
-    return dict(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UsageError(f"{path} is no result of afa bench --json: {place}: {first['msg']}") from error

@@ -39,7 +39,7 @@ def checks(case: Case, code: PublishedCode, side: int) -> Iterator[Check]:
     own = multi_scale_cam(case.model, image, CAM.scales, Packing.of(cls_label))
     valid = cls_label[:, :, None, None]
     yield compare("cam of labelled classes", "absolute", own.packing.unpack(own.cam), cam * valid)
-    yield compare("affinity", "absolute", own.affinity, affinity[: len(image)])
+    yield compare("affinity", "absolute", own.affinity(slice(None), slice(None)), affinity[: len(image)])
     refined_cam, refined_affinity = code.refine(batch, cam, affinity)
     made = make_pseudo_label(case.model, image, denormalise_to_unit(image), cls_label, boxes, CAM, PAR)
     assert made.refined_affinity is not None

@@ -29,7 +29,8 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     norm = WorkerBatchNorm2d(3)
     gradient = run(norm, inputs()[:2] if rank == 0 else inputs()[2:])  # uneven on purpose
-    torch.save((gradient, norm.state_dict(), norm.weight.grad, norm.bias.grad), f"{folder}/{rank}.pt")
+    coarse = run(WorkerBatchNorm2d(3), (inputs()[:2] if rank == 0 else inputs()[2:]).bfloat16())
+    torch.save((gradient, norm.state_dict(), norm.weight.grad, norm.bias.grad, coarse), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -46,6 +47,9 @@ def test_two_workers_are_one_batch() -> None:
     assert plain.bias.grad is not None
     torch.testing.assert_close(first[2] + second[2], plain.weight.grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(first[3] + second[3], plain.bias.grad, rtol=1e-4, atol=1e-3)
+    coarse = torch.cat([first[4], second[4]])
+    assert coarse.dtype == torch.bfloat16
+    assert (coarse.float() - gradient).norm() < 0.05 * gradient.norm()
 
 
 def test_alone_it_is_plain_and_names_stay() -> None:
