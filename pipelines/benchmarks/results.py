@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
 from pydantic import AllowInfNan, TypeAdapter, ValidationError
@@ -17,13 +17,15 @@ from pipelines.errors import UsageError
 SCHEMA_VERSION = 1
 
 
-class _Case(TypedDict):
+@dataclasses.dataclass(frozen=True)
+class _Case:
     name: str
     median_s: Annotated[float, Gt(0), AllowInfNan(False)]
     peak_mib: Annotated[float, AllowInfNan(False)] | None
 
 
-class _Record(TypedDict):
+@dataclasses.dataclass(frozen=True)
+class _Record:
     """What ``compare`` reads of a file."""
 
     schema_version: Literal[1]
@@ -94,22 +96,22 @@ def compare(before: Path, after: Path) -> str:
     lines = [
         f"{part}.{name}: {old.get(name)} / {new.get(name)}"
         for part, old, new in (
-            ("settings", one["settings"], other["settings"]),
-            ("machine", one["machine"], other["machine"]),
+            ("settings", one.settings, other.settings),
+            ("machine", one.machine, other.machine),
         )
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-    cases = {item["name"]: item for item in one["measurements"]}
-    shared = [(cases[item["name"]], item) for item in other["measurements"] if item["name"] in cases]
+    cases = {item.name: item for item in one.measurements}
+    shared = [(cases[item.name], item) for item in other.measurements if item.name in cases]
     if not shared:
         raise UsageError(f"{before} and {after} have no case in common")
-    width = max(len(item["name"]) for _, item in shared)
+    width = max(len(item.name) for _, item in shared)
     for old, new in shared:
-        line = f"{new['name']:{width}s}  {old['median_s']:.4f} s -> {new['median_s']:.4f} s"
-        line += f"  {old['median_s'] / new['median_s']:.2f} times as fast"
-        if old["peak_mib"] and new["peak_mib"]:
-            line += f"  peak {old['peak_mib']:.0f} -> {new['peak_mib']:.0f} MiB"
+        line = f"{new.name:{width}s}  {old.median_s:.4f} s -> {new.median_s:.4f} s"
+        line += f"  {old.median_s / new.median_s:.2f} times as fast"
+        if old.peak_mib and new.peak_mib:
+            line += f"  peak {old.peak_mib:.0f} -> {new.peak_mib:.0f} MiB"
         lines.append(line)
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import afa
 
+from afa_core.errors import InputError
+from pipelines.benchmarks.loader import load_pictures
 from pipelines.cli import main
 
 SMALL = ("--crop", 64, "--backbone", "mit_tiny", "--classes", 3, "--repetitions", 1)
@@ -58,3 +60,29 @@ def test_wrong_input_is_one_line(words: tuple[str, ...], says: str, capsys: pyte
     assert main(["bench", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+@pytest.mark.parametrize("damage", [
+    {"settings": None}, {"machine": "fast"}, {"measurements": [{}]}, {"schema_version": 2},
+    {"measurements": [{"name": "a", "median_s": 0, "peak_mib": None}]},
+], ids=str)  # fmt: skip
+def test_a_damaged_result_is_one_line(
+    damage: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole: dict[str, object] = {"schema_version": 1, "settings": {}, "machine": {}}
+    whole["measurements"] = [{"name": "a", "median_s": 1.0, "peak_mib": None}]
+    for name, record in (("whole", whole), ("damaged", whole | damage)):
+        (tmp_path / name).write_text(json.dumps(record))
+    assert main(["bench", "compare", str(tmp_path / "whole"), str(tmp_path / "damaged")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'damaged'} is no result of afa bench" in line
+
+
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("broken.jpg", b"no picture", "broken.jpg cannot be measured with: undecodable_image"),
+    ("text.txt", b"", "has no JPEG"),
+])  # fmt: skip
+def test_pictures_that_cannot_be_measured_with_are_named(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        load_pictures(tmp_path, 8)
