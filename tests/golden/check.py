@@ -157,6 +157,7 @@ class Case:
         multi_scale = multi_scale_segmentation(self.model, self.image, SEGMENTATION_SCALES)
         yield "seg_logits_multiscale_flip", "relative", multi_scale
 
+    @torch.no_grad()
     def _cam(self) -> Iterator[tuple[str, str, Tensor]]:
         config = self.cam_config
         cam = multi_scale_cam(self.model, self.image, config.scales)
