@@ -62,10 +62,11 @@ class RefinedMaps:
 
 @dataclass(frozen=True)
 class PseudoLabel:
-    """Every stage of the label of a batch, from coarse to fine."""
+    """Every stage of the label of a batch, from coarse to fine, with the walk along the affinity if that was wanted."""
 
     cam: MultiScaleCam
     refined_cam: RefinedMaps
+    walk: RandomWalk | None
     refined_affinity: RefinedMaps | None
 
 
@@ -126,6 +127,7 @@ def make_pseudo_label(
     return PseudoLabel(
         cam=cam,
         refined_cam=refine_cam(crops, cam, boxes, scores),
+        walk=walk,
         refined_affinity=refine_affinity(crops, cam, boxes, scores, walk) if walk else None,
     )
 

@@ -22,7 +22,7 @@ def multi_scale_segmentation(model: AFANet, image: Tensor, scales: Sequence[floa
     with evaluation_mode(model):
         for scale in scales:
             features = model.backbone(scaled_with_mirror(image, scale))
-            straight, mirrored = model.decoder(features.features).chunk(2)
+            straight, mirrored = model.segment(features).chunk(2)
             logits = (straight + mirrored.flip(3)) / 2
             best = logits if best is None else torch.maximum(best, resize(logits, best.shape[2:]))
     if best is None:

@@ -37,7 +37,7 @@ from afa_core.labelling import pad_small
 from afa_core.metrics import ConfusionMatrix, TagScores
 from afa_core.model import AFANet
 from afa_core.packing import strongest
-from afa_core.pseudo_label import make_pseudo_label, propagate_cam, random_walk
+from afa_core.pseudo_label import make_pseudo_label, propagate_cam
 from pipelines.shard_store import load_shard_set, split_files
 
 STAGES = ("cam", "refined_cam", "affinity_cam", "refined_affinity", "segmentation")
@@ -162,27 +162,29 @@ def _score_batch(
     boxes = torch.tensor([[0, height, 0, width]]).expand(len(batch), 4)
     threshold = cam_config.background_score
     with evaluation_mode(model):
-        output = model(image)
+        features = model.backbone(image)
+        class_logits, seg_logits = model.classify(features), model.segment(features)
     unit = denormalise_to_unit(image)
     made = make_pseudo_label(
         model, image, unit, cls_label, boxes, cam_config, par_config, background_scores=(threshold, threshold)
     )
+    assert made.walk is not None
     assert made.refined_affinity is not None
     size = image.shape[2:]
     packing = made.cam.packing
-    walked = propagate_cam(made.cam, [threshold], random_walk(made.cam, cam_config))
+    walked = propagate_cam(made.cam, [threshold], made.walk)
     affinity_cam = packing.unpack(resize(walked[:, 0], size))
     labels = {
         "cam": cam_to_label(made.cam.cam, packing, threshold),
         "refined_cam": made.refined_cam.label,
         "affinity_cam": strongest(affinity_cam),
         "refined_affinity": made.refined_affinity.label,
-        "segmentation": strongest(resize(output.seg_logits, size)),
+        "segmentation": strongest(resize(seg_logits, size)),
     }
     inside = (..., slice(0, height), slice(0, width))
     labels = {stage: label[inside] for stage, label in labels.items()}
     for stage, label in labels.items():
         scores.matrices[stage].update(truth, label)
-    scores.tags.update(output.class_logits.sigmoid(), cls_label)
+    scores.tags.update(class_logits.sigmoid(), cls_label)
     cam = packing.unpack(made.cam.cam)
     return ScoredBatch(unit[inside], cam[inside], affinity_cam[:, 1:][inside], truth, labels)

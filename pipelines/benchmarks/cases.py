@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from afa_core.backbone import kernels
 from afa_core.config import ModelConfig
 from afa_core.model import AFANet, build_model
 from afa_core.step import Batch
@@ -41,7 +42,7 @@ class Size:
     @property
     def device(self) -> torch.device:
         """A GPU if there is one."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return kernels.best_device()
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

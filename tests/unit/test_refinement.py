@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 
 from afa_core import affinity as walks
 from afa_core import par
-from afa_core.affinity import (
-    AffinityBetween,
-    PairAffinity,
-    RandomWalk,
-    label_to_affinity_label,
-    window_mask,
-)
+from afa_core.affinity import AffinityBetween, PairAffinity, RandomWalk, label_to_affinity_label, window_mask
 from afa_core.cam import MultiScaleCam, cam_to_label, evaluation_mode, multi_scale_cam
 from afa_core.classes import IGNORE_INDEX
 from afa_core.config import CamConfig, ModelConfig, ParConfig
