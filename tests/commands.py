@@ -58,8 +58,8 @@ def afa_running(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
-        wait_until(until, process=process, timeout_s=timeout_s, words=lambda: outcome(process))
         try:
+            wait_until(until, process=process, timeout_s=timeout_s, words=lambda: outcome(process))
             yield process
         finally:
             process.kill()

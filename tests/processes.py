@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from waiting import wait_until
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -20,3 +26,23 @@ def descendants(pid: int) -> dict[int, str]:
 
 def first_named(pid: int, name: str) -> int | None:
     return next((child for child, command in sorted(descendants(pid).items()) if name in command), None)
+
+
+def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """SIGKILL a process with all below it; none of them is there any more when this returns.
+
+    A killed parent is often gone while those it takes along are still at work.
+    """
+    pids = [process.pid, *descendants(process.pid)]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not any(map(lives, pids)))
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not only waits to be reaped."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from collections.abc import Iterator
 
 import pytest
-from processes import descendants
+from processes import kill_tree
 from ray_head import BIN, MLFLOW_PASSWORD, TOKEN, Cluster, TrackingServer, plain_environment, ray_head
 from servers.s3 import ACCESS_KEY, SECRET_KEY, free_port
 from shard_sets import write_shapes
@@ -35,9 +33,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
         )
         yield TrackingServer(address, folder, process.pid)
     finally:
-        for pid in (*descendants(process.pid), process.pid):  # asked politely it waits for open connections
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)  # asked politely it waits for open connections
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 from commands import afa_command
 from hosts import BRIDGE_ADDRESS, Hosts, two_hosts
 from mlflow import MlflowClient
-from processes import descendants
+from processes import descendants, kill_tree
 from ray_head import plain_environment
 from servers.redis import redis_server
 from shard_sets import write_shapes
@@ -75,11 +75,7 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
     assert len(orphans) == 2
     assert 60 not in steps(runs / "run")
     for process in (driver, head):  # the machine: driver, GCS, raylet, dashboard
-        process.kill()
-        process.wait()
-    for pid in set(descendants(driver.pid)):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        kill_tree(process)
     hosts.restart_head()
     hosts.wait_for_nodes(2)
     assert other.poll() is None  # no new node: the one that was there

@@ -67,7 +67,7 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _absolute(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max())
+    return float((actual - expected).detach().abs().max())
 
 
 def _differing(actual: Tensor, expected: Tensor) -> float:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import boto3
 import pytest
 from commands import afa, afa_running
 from mlflow import MlflowClient
-from processes import descendants
+from processes import descendants, kill_tree
 from ray.train import ScalingConfig
 from servers.fault_proxy import fault_proxy
 from shard_sets import write_shapes
@@ -111,19 +110,6 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@contextmanager
-def whole_group_killed(pid: int) -> Iterator[None]:
-    """Kill a driver with all below it, Ray included, and wait until they are gone."""
-    below = descendants(pid)
-    os.killpg(pid, signal.SIGKILL)
-    for process in below:
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    yield
-
-
 def test_a_killed_job_goes_on_and_ends_with_the_same_weights(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = words(shards, tmp_path)
@@ -131,8 +117,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_weights(undisturbed: Path, 
         for worker in workers_below(process.pid):
             os.kill(worker, signal.SIGSTOP)  # the run would be over before the second driver has begun
         assert "another driver is at work" in afa(*command, "--resume", "run", status=2)
-        with whole_group_killed(process.pid):
-            process.wait()
+        kill_tree(process)
     printed = afa(*command, "--resume", "run")
     assert "goes on from step" in printed
     assert final_weights(run) == final_weights(undisturbed)
@@ -178,8 +163,7 @@ def test_a_slow_store_that_refuses_for_a_minute_costs_one_interval_and_no_bit(
                 assert done - newest(run) <= 4
                 assert process.poll() is None, log.read_text()[-3000:]
                 time.sleep(0.1)
-            with whole_group_killed(process.pid):
-                process.wait()
+            kill_tree(process)
             assert steps_done(log.read_text()) - newest(run) <= 4
         assert proxy.counts["503"] > 10
     printed = afa(*command, "--resume", "run")

@@ -62,5 +62,7 @@ def redis_server(folder: Path, host: str) -> Iterator[RedisServer]:
     command = ["redis-server", "--bind", host, "--port", str(port), "--requirepass", PASSWORD, "--save", "",
                "--appendonly", "no", "--dir", str(folder)]  # fmt: skip
     with (folder / "redis.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        yield RedisServer(host, port)
-        process.terminate()
+        try:
+            yield RedisServer(host, port)
+        finally:
+            process.terminate()
