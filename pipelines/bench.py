@@ -71,7 +71,10 @@ def _check_writable(path: Path) -> None:
     """Fail before minutes of measuring, not behind them."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
         path.open("a").close()
+        if not there:
+            path.unlink()
     except OSError as error:
         raise UsageError(f"--json {path}: {error.strerror}") from error
 

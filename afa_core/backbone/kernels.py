@@ -7,10 +7,10 @@ The exact way is for small pictures, where speed does not matter and golden tens
 divides each class's map by its own maximum, and for a class that is hardly there this blows the rounding of another
 order (1e-7 in a feature) up beyond 1e-5. Labelled classes stay within it either way (docs/decisions/kernels.md).
 
-On the CPU the fast way works in pieces that stay in the cache. Products are oneDNN's on processors that are not
-Intel's: it reaches twice the rate of MKL's there, torch's own choice. On Intel's both are as fast, and MKL does not
-keep half a MiB for every size. Attention is torch's fused one, whose products are MKL's; where those are slow, passes
-without gradient take it in pieces.
+On the CPU the fast way works in pieces that stay in the cache. Products are oneDNN's on processors with AVX-512 that
+are not Intel's: it reaches twice the rate of MKL's there, torch's own choice, which takes AVX2. Elsewhere MKL is as
+fast or faster, and does not keep half a MiB for every size. Attention is torch's fused one, whose products are MKL's;
+where those are slow, passes without gradient take it in pieces.
 
 Shapes: B images, N queries, M keys, n heads of d channels.
 """
@@ -126,11 +126,12 @@ def works_in_pieces(tokens: Tensor, *, fast: bool) -> bool:
 
 @lru_cache
 def onednn_is_faster() -> bool:
-    """Whether products are oneDNN's: where it is to be had, and MKL is not at home."""
+    """Whether products are oneDNN's: where it is to be had, and MKL is not or leaves AVX-512 alone."""
     cpu_facts = Path("/proc/cpuinfo")
     intel = cpu_facts.exists() and "GenuineIntel" in cpu_facts.read_text()
+    mkl_is_slow = torch.backends.cpu.get_cpu_capability() == "AVX512" and not intel
     return (
-        not (intel and torch.backends.mkl.is_available())
+        (mkl_is_slow or not torch.backends.mkl.is_available())
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

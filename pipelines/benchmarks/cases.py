@@ -89,6 +89,8 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
             raise UsageError(f"--crop {odd[0]}: the published code takes multiples of {PUBLISHED_CROP_PX}")
     least = {"crop": SMALLEST_CROP_PX, "batch": 1, "classes": 1, "tags": 0, "threads": 0, "repetitions": 1, "rounds": 1}
     check_numbers(arguments, least)
+    if getattr(arguments, "gradient_checkpointing", False) and not arguments.backbone.startswith("mit_"):
+        raise UsageError(f"--gradient-checkpointing: {arguments.backbone} has none, a Mix Transformer (mit_...) has")
     return [
         Size(
             backbone=arguments.backbone,

@@ -119,7 +119,8 @@ def job(bundle: Path, pictures: Path, output: Path, workers: int, arguments: arg
         list(map(str, command)), env=os.environ | threads, capture_output=True, text=True, check=False
     )
     if answer.returncode:
-        raise UsageError(f"the job failed: {answer.stderr.strip().splitlines()[-1]}")
+        said = answer.stderr.strip().splitlines() or [f"status {answer.returncode}"]
+        raise UsageError(f"the job failed: {said[-1]}")
     run_of = next(iter(list_runs(str(output))))
     markers = sorted(load_markers(run_of, committed_names(run_of)), key=lambda marker: marker.finished)
     first, last = markers[0], markers[-1]

@@ -11,11 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from pipelines.errors import UsageError
 from pipelines.progress import peak_memory_gib
 
 
@@ -103,7 +105,18 @@ def in_turns(cases: Sequence[Case], rounds: int) -> list[Measurement]:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function(*arguments)`` gives in a fresh process; both must be importable or picklable."""
-    # Not a multiprocessing.Pool, whose processes may not start any themselves.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    """What ``function(*arguments)`` gives in a fresh process; both must be importable or picklable.
+
+    Raises:
+        UsageError: the machine has not the memory for it.
+    """
+    try:
+        # Not a multiprocessing.Pool, whose processes may not start any themselves.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise UsageError("the measured process was killed, perhaps for want of memory: ask for less") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UsageError("there is not the memory for this: ask for less") from error
+        raise

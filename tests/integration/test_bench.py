@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from commands import afa
 
 from afa_core.errors import InputError
 from pipelines.benchmarks.loader import load_pictures
+from pipelines.benchmarks.measure import in_own_process
 from pipelines.cli import main
+from pipelines.errors import UsageError
 
 SMALL = ("--crop", 64, "--backbone", "mit_tiny", "--classes", 3, "--repetitions", 1)
 
@@ -52,14 +59,27 @@ def test_a_wrong_model_is_one_line() -> None:
     (("loader", "--limit", "0"), "--limit 0: must be at least 1"),
     (("label", "--workers", "0"), "--workers 0: must be at least 1"),
     (("par", "--json", "/dev/null/x.json"), "--json /dev/null/x.json: File exists"),
+    (("step", "--gradient-checkpointing", "--backbone", "timm:x"), "--gradient-checkpointing: timm:x has none"),
     (("step", "--published", "nowhere"), "--published nowhere: must be a clone of"),
     (("compare", "nothing.json", "nothing.json"), "nothing.json: No such file"),
     (("compare", __file__, __file__), "is no result of afa bench"),
-], ids=["crop", "limit", "workers", "json", "published", "missing", "other"])  # fmt: skip
+], ids=["crop", "limit", "workers", "json", "checkpointing", "published", "missing", "other"])  # fmt: skip
 def test_wrong_input_is_one_line(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+@pytest.mark.parametrize(("function", "argument", "says"), [
+    (os._exit, 9, "the measured process was killed"),
+    (np.ones, 2**50, "there is not the memory"),
+    (torch.ones, 2**50, "there is not the memory"),
+], ids=["killed", "numpy", "torch"])  # fmt: skip
+def test_a_case_that_memory_is_not_enough_for_is_one_line(
+    function: Callable[..., Any], argument: int, says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        in_own_process(function, argument)
 
 
 @pytest.mark.parametrize("damage", [
