@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from afa_core.backbone import kernels
 from afa_core.backbone.mit import MixTransformer
 from afa_core.config import STRICT, CountOrZero
+from afa_core.errors import InputError
 
 PROFILE_ROWS = 40
 # The first steps pay for what later ones find ready.
@@ -41,8 +42,31 @@ class SpeedConfig:
     profile_steps: CountOrZero = 0
 
 
+def check_compiler(config: SpeedConfig) -> None:
+    """See that what is to be compiled can be: for the processor that is done by a C++ compiler.
+
+    Raises:
+        InputError: there is none.
+    """
+    if config.compile and not torch.cuda.is_available():
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise InputError(
+                "speed.compile=true: there is no C++ compiler here; install g++, or say in CXX where one is"
+            ) from error
+
+
 def apply_speed(config: SpeedConfig, backbone: Any) -> None:
-    """Set up this process and the backbone before its first pass."""
+    """Set up this process and the backbone before its first pass.
+
+    Raises:
+        InputError: see ``check_compiler``.
+    """
+    check_compiler(config)
     kernels.allow_tf32(config.tf32)
     if isinstance(backbone, MixTransformer):
         backbone.gradient_checkpointing = config.gradient_checkpointing

@@ -47,7 +47,7 @@ from pipelines.progress import Progress, peak_memory_gib
 from pipelines.run_state import check_state, read_state, seed_step, write_state
 from pipelines.scoring import Scores, evaluation_samples, score_samples
 from pipelines.shard_store import load_shard_set, split_files
-from pipelines.speed import StepProfiler, apply_speed, uncompiled
+from pipelines.speed import StepProfiler, apply_speed, check_compiler, uncompiled
 from pipelines.worker_group import StepFacts, WorkerGroup
 
 CHECKPOINTS = "checkpoints"
@@ -77,7 +77,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     settings = WorkerSettings(**config)
     answer_soon()
-    worker = Worker(settings, experiment_from_values(settings.experiment, "the job's configuration"))
+    experiment = experiment_from_values(settings.experiment, "the job's configuration")
+    try:
+        check_compiler(experiment.speed)
+    except InputError as error:
+        return {"error": str(error), "users": True, "unsent": ""}
+    worker = Worker(settings, experiment)
     try:
         worker.run()
         outcome: dict[str, Any] = {"speed": worker.progress.bottleneck()}

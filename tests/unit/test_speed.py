@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from afa_core.backbone import build_backbone
+from afa_core.errors import InputError
+from pipelines.config import ExperimentConfig
 from pipelines.speed import SpeedConfig, apply_speed, uncompiled
+from pipelines.training import WorkerSettings, train_worker
 
 COMPILED = SpeedConfig(compile=True)
 
@@ -31,6 +36,16 @@ def test_a_compiled_backbone_gives_the_same_features_and_gradients() -> None:
         results.append([*(feature.detach() for feature in features.features), *gradients])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_compiling_without_a_compiler_is_a_mistake_and_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/g++",))
+    with pytest.raises(InputError, match="no C\\+\\+ compiler here; install g\\+\\+"):
+        apply_speed(COMPILED, build_backbone("mit_tiny", drop_path_rate=0.0))
+    experiment = dataclasses.asdict(ExperimentConfig(speed=COMPILED))
+    outcome = train_worker(dataclasses.asdict(WorkerSettings(experiment, "", "", "", "", "")))
+    assert outcome["users"]
+    assert "no C++ compiler here" in outcome["error"]
 
 
 class Doubled(nn.Module):
