@@ -42,6 +42,8 @@ def test_compiling_without_a_compiler_is_a_mistake_and_not_tried_again(monkeypat
     monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/g++",))
     with pytest.raises(InputError, match="no C\\+\\+ compiler here; install g\\+\\+"):
         apply_speed(COMPILED, build_backbone("mit_tiny", drop_path_rate=0.0))
+    for name in ("TIMEOUT", "MAX_RETRIES"):  # which a worker would set for good
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
     experiment = dataclasses.asdict(ExperimentConfig(speed=COMPILED))
     outcome = train_worker(dataclasses.asdict(WorkerSettings(experiment, "", "", "", "", "")))
     assert outcome["users"]
