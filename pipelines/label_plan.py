@@ -144,7 +144,7 @@ def _write(
             for generation in earlier:
                 writer.know(inventory_rows(job.run, generation))
         interval_s = 0.5 if sys.stderr.isatty() else 10.0
-        writer.gather(tqdm(inputs(), desc="listing", unit=" objects", mininterval=interval_s))
+        writer.gather(tqdm(inputs(), desc="listing", unit=" objects", mininterval=interval_s, delay=1))
         return writer.write(
             job.run,
             generation_name(len(earlier)),

@@ -74,7 +74,7 @@ def test_a_restarted_head_finds_its_host_and_the_job_ends_as_if_nothing_had_been
         os.kill(pid, signal.SIGSTOP)
     assert len(orphans) == 2
     assert 60 not in steps(runs / "run")
-    for process in (driver, head):  # the machine: driver, GCS, raylet, dashboard
+    for process in (head, driver):  # the machine: GCS, raylet, dashboard, driver
         kill_tree(process)
     hosts.restart_head()
     hosts.wait_for_nodes(2)

@@ -114,6 +114,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     (["--head", "cat"], "--head: invalid choice: 'cat' (choose from"),
     (["--refinement", "par"], "unrecognized arguments: --refinement par"),
     (["--workers"], "--workers: expected one argument"),
+    ([], " has neither pictures nor .tar shards, only 0 other objects"),
     (["--input", "a" * 300], "no such input: "),
     (["--input", __file__], "cannot be taken as input: "),
     (["--output", __file__], f"--output {__file__} is a file: name a folder"),
