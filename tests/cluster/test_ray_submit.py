@@ -116,7 +116,7 @@ def test_the_launcher_takes_a_cluster_up_runs_train_py_on_it_and_takes_it_down(f
     with (folder / "script.log").open("w") as log:
         done = subprocess.run(
             ["unshare", "--pid", "--mount", "--mount-proc", "--net", "--fork", "--kill-child", "bash", "-c", script],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False, timeout=150,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False, timeout=500,
         )  # fmt: skip
     printed = (folder / "script.log").read_text()
     assert done.returncode == 0, printed[-6000:]
