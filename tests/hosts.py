@@ -11,10 +11,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from processes import kill
 from ray_head import BIN, ROOT, session_members
 from servers.redis import RedisServer
 from waiting import wait_until
@@ -76,9 +77,7 @@ class Host:
     def kill_all(self) -> None:
         """Power off."""
         for process in self.sessions:
-            for pid in session_members(process.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            kill(session_members(process.pid))
             process.wait()
         self.sessions.clear()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,15 +29,20 @@ def first_named(pid: int, name: str) -> int | None:
     return next((child for child, command in sorted(descendants(pid).items()) if name in command), None)
 
 
+def kill(pids: Iterable[int]) -> None:
+    """SIGKILL those that are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     """SIGKILL a process with all below it; none of them is there any more when this returns.
 
     A killed parent is often gone while those it takes along are still at work.
     """
     pids = [process.pid, *descendants(process.pid)]
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill(pids)
     process.wait()
     wait_until(lambda: not any(map(lives, pids)))
 
@@ -44,5 +50,10 @@ def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
 def lives(pid: int) -> bool:
     """Whether a process is there, and not only waits to be reaped."""
     with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return stat_fields(pid)[0] != "Z"
     return False
+
+
+def stat_fields(pid: int) -> list[str]:
+    """What Linux says of a process behind its name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import descendants
+from processes import descendants, kill
 from servers.s3 import free_port
 from waiting import http_status, wait_until
 
@@ -179,9 +179,7 @@ def ray_head(home: Path, token: str, extra: Mapping[str, str]) -> Iterator[RayHe
         yield RayHead(*addresses, temp, {**environment, "RAY_ADDRESS": url})
     finally:
         # Asked to stop, a node waits half a minute for its work. There is none.
-        for pid in session_members(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(session_members(process.pid))
         process.wait()
         shutil.rmtree(temp, ignore_errors=True)
 

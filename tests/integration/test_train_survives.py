@@ -16,7 +16,7 @@ import boto3
 import pytest
 from commands import afa, afa_running
 from mlflow import MlflowClient
-from processes import descendants, kill_tree
+from processes import descendants, kill_tree, stat_fields
 from ray.train import ScalingConfig
 from servers.fault_proxy import fault_proxy
 from shard_sets import write_shapes
@@ -101,13 +101,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def workers_below(pid: int) -> list[int]:
     """The two of a job; their loading processes carry their name too."""
     named = {child for child, command in descendants(pid).items() if WORKER in command}
-    found = [child for child in named if parent_of(child) not in named]
+    found = [child for child in named if int(stat_fields(child)[1]) not in named]
     assert len(found) == 2
     return found
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_killed_job_goes_on_and_ends_with_the_same_weights(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
