@@ -77,6 +77,22 @@ class ParConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrfConfig:
+    """Dense CRF; the values are those AFA was published with at test time."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    iterations: Count = 10
+    # Smoothness kernel: standard deviation in pixels, and weight.
+    position_xy_px: Positive = 3.0
+    position_weight: NonNegative = 3.0
+    # Appearance kernel: standard deviations in pixels and in colour levels (0..255), and weight.
+    bilateral_xy_px: Positive = 64.0
+    bilateral_rgb: Positive = 5.0
+    bilateral_weight: NonNegative = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Loss weights and the phase plan, in optimiser steps."""
 

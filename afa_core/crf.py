@@ -26,35 +26,17 @@ Shapes: C classes, H x W pixels, N = H * W, d features, M lattice points, V valu
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afa_core.config import STRICT, Count, NonNegative, Positive
+from afa_core.config import CrfConfig
 
 PROBABILITY_FLOOR = 1e-5
 SUM_TOLERANCE = 1e-2
 # Values filtered at once: bounds memory where there are many classes.
 _VALUES_AT_ONCE = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrfConfig:
-    """Dense CRF; the values are those AFA was published with at test time."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    iterations: Count = 10
-    # Smoothness kernel: standard deviation in pixels, and weight.
-    position_xy_px: Positive = 3.0
-    position_weight: NonNegative = 3.0
-    # Appearance kernel: standard deviations in pixels and in colour levels (0..255), and weight.
-    bilateral_xy_px: Positive = 64.0
-    bilateral_rgb: Positive = 5.0
-    bilateral_weight: NonNegative = 4.0
 
 
 @torch.no_grad()

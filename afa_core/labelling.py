@@ -25,8 +25,7 @@ from afa_core.backbone import kernels
 from afa_core.cam import MultiScaleCam, multi_scale_cam, resize
 from afa_core.checkpoint import Bundle
 from afa_core.classes import BACKGROUND, IGNORE_INDEX, cls_label_to_tags, tags_to_cls_label
-from afa_core.config import LabelConfig
-from afa_core.crf import CrfConfig
+from afa_core.config import CrfConfig, LabelConfig
 from afa_core.data.transforms import denormalise_to_unit, resized, to_network_input, to_pixels
 from afa_core.host_memory import return_free_memory_if_grown
 from afa_core.packing import Packing, strongest

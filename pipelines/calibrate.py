@@ -29,7 +29,8 @@ from afa_core.errors import InputError
 from afa_core.labelling import label_at_scores, to_full_size, to_working_picture, working_size
 from pipelines.cli import stage_main
 from pipelines.errors import UsageError
-from pipelines.label_inputs import Input, StageSeconds, read_inputs
+from pipelines.label_inputs import Input, read_inputs
+from pipelines.label_job import StageSeconds
 from pipelines.label_options import add_label_options, label_config
 from pipelines.label_sources import Listed, absolute_source, list_source
 from pipelines.model_files import find_model

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.label_inputs import StageSeconds
+from afa_core.checkpoint import load_bundle
+from pipelines.label_job import LabelJob, StageSeconds
 from pipelines.label_plan import Plan
 from pipelines.label_units import UnitWriter
-from pipelines.labeller import LabelJob, Labeller
+from pipelines.labeller import Labeller
 from pipelines.unit_table import Unit
 
 SAMPLE_S = 60.0
@@ -58,7 +59,7 @@ def take_sample(job: LabelJob, units: Iterator[Unit], workers: int) -> Sample:
     """Label units from all over the store for a minute, with the threads that a worker will have."""
     sample = Sample()
     with threads(max(1, (os.cpu_count() or 1) // workers)):
-        labeller = Labeller(job)
+        labeller = Labeller(job, load_bundle(job.bundle_dir))
         started = time.monotonic()
         for unit in units:
             images = 0

@@ -11,6 +11,7 @@ from afa_core.config import LabelConfig
 from afa_core.data.sample import BadSample, decode_sample
 from afa_core.labelling import WorkingPicture, to_working_picture, working_size
 from infra.errors import ServiceError
+from pipelines.label_job import StageSeconds
 from pipelines.label_sources import Listed, storable
 from pipelines.raw_inputs import RawInput, raw_inputs
 
@@ -43,16 +44,6 @@ class Input:
     reason: str = ""
     detail: str = ""
     size: tuple[int, int] = (0, 0)
-
-
-@dataclass
-class StageSeconds:
-    """Where a unit's time goes."""
-
-    read: float = 0.0
-    decode: float = 0.0
-    label: float = 0.0
-    write: float = 0.0
 
 
 def read_inputs(

@@ -10,9 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from afa_core.checkpoint import Bundle
-from afa_core.config import LabelConfig
-from afa_core.crf import CrfConfig
+from afa_core.bundle import BundleConfig
+from afa_core.config import CrfConfig, LabelConfig
 from pipelines.errors import UsageError
 
 # What is measured of them stands in docs/experiments.md.
@@ -42,7 +41,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-megapixels", type=float, help="larger pictures are not decoded (default: 100)")
 
 
-def label_config(arguments: argparse.Namespace, bundle: Bundle) -> LabelConfig:
+def label_config(arguments: argparse.Namespace, bundle: BundleConfig) -> LabelConfig:
     """The model's own configuration, under the profile, under the options.
 
     Raises:
@@ -58,7 +57,7 @@ def label_config(arguments: argparse.Namespace, bundle: Bundle) -> LabelConfig:
         raise UsageError(f"{option} {first['input']}: {first['msg'].lower()}") from error
 
 
-def config_digest(config: LabelConfig, bundle: Bundle) -> str:
+def config_digest(config: LabelConfig, bundle: BundleConfig) -> str:
     """SHA-256 over everything but the weights that a label depends on."""
     parts = [dataclasses.asdict(part) for part in (config, bundle.cam_config, bundle.par_config, CrfConfig())]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

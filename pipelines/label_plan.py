@@ -15,21 +15,24 @@ from pathlib import Path
 from tqdm import tqdm
 
 from afa_core.errors import InputError
-from infra.object_store import S3, find_object, join, list_objects
+from infra.object_store import S3, delete_object, find_object, join, list_objects, remove_folder
 from pipelines.batched import batched
 from pipelines.errors import UsageError
 from pipelines.inventory import (
+    INVENTORY,
     Generation,
     InventoryWriter,
     generation_name,
     inventory_rows,
     list_generations,
 )
+from pipelines.label_job import LabelJob
 from pipelines.label_set import (
     NAMES_AHEAD,
     RUN_FILE,
     RUN_PREFIX,
     SCHEMA_VERSION,
+    committed_names,
     committed_table,
     committed_units,
     list_runs,
@@ -39,7 +42,6 @@ from pipelines.label_set import (
     write_json,
 )
 from pipelines.label_sources import Listed, as_it_is_now, list_source
-from pipelines.labeller import LabelJob
 from pipelines.scratch_table import ScratchTable
 
 # A unit is full from so many bytes on, however few pictures they are.
@@ -104,6 +106,13 @@ def open_run(job: LabelJob, source: str) -> None:
             "config_digest": job.config_digest,
         }
         write_json(join(job.run, RUN_FILE), record)
+
+
+def take_back(job: LabelJob) -> None:
+    """Remove a run that nobody can begin, so that no one misses its labels; one with labels stays."""
+    if next(iter(committed_names(job.run)), None) is None:
+        delete_object(join(job.run, RUN_FILE))
+        remove_folder(join(job.run, INVENTORY))
 
 
 def add_generations(job: LabelJob, source: str, output: str, arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Self
 from ray.util.metrics import Gauge
 from tqdm import tqdm
 
-from pipelines.labeller import UnitResult
+from pipelines.label_job import UnitResult
 
 
 class LabelProgress:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import webdataset as wds
 
 from infra.object_store import write_object
-from pipelines.label_inputs import Input, StageSeconds
+from pipelines.label_inputs import Input
+from pipelines.label_job import StageSeconds
 from pipelines.label_set import MANIFEST, MARKER, Counts, label_uri, write_json
 
 

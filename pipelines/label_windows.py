@@ -19,10 +19,12 @@ from typing import Any
 import ray
 import ray.data
 
+from afa_core.errors import InputError
 from infra.errors import ServiceError
 from pipelines.batched import batched
 from pipelines.errors import UsageError
-from pipelines.labeller import LabelJob, Labeller, UnitResult, result_from_json
+from pipelines.label_job import LabelJob, UnitResult, result_from_json
+from pipelines.label_worker import LabelWorker, bundle_files
 from pipelines.local_ray import processor_share
 from pipelines.unit_table import Unit
 
@@ -67,7 +69,7 @@ def block_count(units: int) -> int:
 
 
 def run_units(
-    units: Iterable[Unit], job: LabelJob, workers: int | None, *, use_gpu: bool = False, actor: type[Any] = Labeller
+    units: Iterable[Unit], job: LabelJob, workers: int | None, *, use_gpu: bool = False
 ) -> Iterator[UnitResult]:
     """Label units on a pool of actors, yielding what became of each when it is committed.
 
@@ -76,23 +78,30 @@ def run_units(
         job: what every worker knows.
         workers: actors; None: what the cluster has.
         use_gpu: wait for GPUs that are not there yet.
-        actor: class of the workers.
 
     Raises:
+        InputError: no worker can use the model.
         ServiceError: a worker cannot read or write its store.
         UsageError: there is nothing to label on, and nothing says how many to wait for.
     """
     pool = find_pool(workers, use_gpu=use_gpu)
+    yield from run_on(pool, units, LabelWorker, job, ray.put(bundle_files(job.bundle_dir)))
+
+
+def run_on(pool: Pool, units: Iterable[Unit], actor: type[Any], *arguments: object) -> Iterator[UnitResult]:
+    """The same with actors of any class; ``arguments`` make them."""
     for window in in_windows(units, pool.workers):
-        yield from _run_window(window, job, pool, actor)
+        yield from _run_window(window, pool, actor, arguments)
 
 
-def _run_window(window: list[Unit], job: LabelJob, pool: Pool, actor: type[Any]) -> Iterator[UnitResult]:
+def _run_window(
+    window: list[Unit], pool: Pool, actor: type[Any], arguments: tuple[object, ...]
+) -> Iterator[UnitResult]:
     blocks = block_count(len(window))
     rows = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in window]
     results = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         actor,
-        fn_constructor_args=(job,),
+        fn_constructor_args=arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(pool.workers, blocks)),
         num_gpus=1 if pool.use_gpu else 0,
@@ -101,6 +110,8 @@ def _run_window(window: list[Unit], job: LabelJob, pool: Pool, actor: type[Any])
     )
     for row in results.iter_rows():
         result = result_from_json(row["result"])
+        if result.refused:
+            raise InputError(result.refused)
         if result.error:
-            raise ServiceError(f"{result.error}; the same command goes on with what is missing")
+            raise ServiceError(result.error)
         yield result

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,21 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 from ray.util.metrics import Counter
 
 from afa_core.backbone import kernels
-from afa_core.checkpoint import Bundle, load_bundle
-from afa_core.config import LabelConfig
+from afa_core.checkpoint import Bundle
 from afa_core.data.sample import encode_mask
 from afa_core.labelling import BegunLabels, begin_labels
 from afa_core.picture_label import PictureLabel
-from infra.errors import ServiceError
 from infra.object_store import find_object
 from pipelines.ahead import ahead
 from pipelines.batched import batched
 from pipelines.inventory import unit_rows
-from pipelines.label_inputs import Input, StageSeconds, read_inputs
+from pipelines.label_inputs import Input, read_inputs
+from pipelines.label_job import LabelJob, StageSeconds, UnitResult
 from pipelines.label_set import MARKER, Counts, label_uri, load_marker
 from pipelines.label_units import UnitWriter
 from pipelines.unit_table import Unit
@@ -34,62 +30,29 @@ from pipelines.unit_table import Unit
 BATCHES_TOGETHER = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelJob:
-    """What every worker knows of the job; plain values, so that it travels."""
-
-    bundle_dir: str
-    model: str
-    model_digest: str
-    classes: tuple[str, ...]
-    label_config: LabelConfig
-    config_digest: str
-    run: str
-    batch_size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitResult:
-    """What a worker tells of a unit: what it committed of how many inputs, or why the job cannot go on."""
-
-    counts: Counts
-    seconds: StageSeconds
-    inputs: int = 0
-    error: str = ""
-
-
 class Labeller:
-    """An actor of the labelling pool."""
+    """The model, on this process's GPU if it has one, and what is done with a unit."""
 
-    def __init__(self, job: LabelJob) -> None:
-        self.job = job
-        self.bundle: Bundle = load_bundle(job.bundle_dir, kernels.best_device())
+    def __init__(self, job: LabelJob, bundle: Bundle) -> None:
+        self.job, self.bundle = job, bundle
+        bundle.model.to(kernels.best_device())
         self._images = Counter("afa_label_images", "Pictures labelled or quarantined.", tag_keys=("status", "reason"))
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Label the units of the batch; gives back what became of each, as JSON."""
-        results = []
-        for text in batch["unit"]:
-            try:
-                result = self.label_unit(Unit(**json.loads(text)))
-            except ServiceError as error:  # raised here it would come with pages of Ray's own lines
-                result = UnitResult(Counts(), StageSeconds(), error=str(error))
-            self._count(result.counts)
-            results.append(json.dumps(dataclasses.asdict(result)))
-        return {"result": np.array(results)}
 
     def label_unit(self, unit: Unit) -> UnitResult:
         """Read, label, write and commit one unit; one that is committed already is left as it is.
 
         Ray gives a block to another worker when the first one dies, with the units that were done before.
+
+        Raises:
+            ServiceError: the store cannot be read, or takes no more.
         """
         if find_object(label_uri(self.job.run, f"{unit.name}{MARKER}")) is not None:
-            return UnitResult(load_marker(self.job.run, unit.name).counts, StageSeconds(), unit.inputs)
+            return self._told(load_marker(self.job.run, unit.name).counts, StageSeconds(), unit)
         writer, seconds = UnitWriter(self.job.run, unit.name), StageSeconds()
         for _ in self.label_batches(unit, writer, seconds):
             pass
         writer.commit(seconds, {"model": self.job.model, "host": os.uname().nodename})
-        return UnitResult(writer.counts, seconds, unit.inputs)
+        return self._told(writer.counts, seconds, unit)
 
     def label_batches(self, unit: Unit, writer: UnitWriter, seconds: StageSeconds) -> Iterator[int]:
         """Label a unit batch by batch without committing it; yields the number of inputs of each that is written."""
@@ -135,11 +98,13 @@ class Labeller:
                 writer.add_label(item, encode_mask(label.label), self._facts(item, label), manifest_row(item, label))
         seconds.write += time.monotonic() - started
 
-    def _count(self, counts: Counts) -> None:
+    def _told(self, counts: Counts, seconds: StageSeconds, unit: Unit) -> UnitResult:
+        """The unit's result, its pictures counted in."""
         if counts.labels:
             self._images.inc(counts.labels, {"status": "ok", "reason": ""})
         for reason, count in counts.reasons.items():
             self._images.inc(count, {"status": "quarantined", "reason": reason})
+        return UnitResult(counts, seconds, unit.inputs)
 
     def _facts(self, item: Input, label: PictureLabel) -> dict[str, Any]:
         """What the JSON beside a mask says."""
@@ -158,13 +123,6 @@ class Labeller:
             "model_digest": self.job.model_digest,
             "config_digest": self.job.config_digest,
         }
-
-
-def result_from_json(text: str) -> UnitResult:
-    """What ``Labeller`` gave back."""
-    values = json.loads(text)
-    counts, seconds = Counts(**values["counts"]), StageSeconds(**values["seconds"])
-    return UnitResult(counts, seconds, values["inputs"], values["error"])
 
 
 def manifest_row(item: Input, label: PictureLabel) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from afa_core.checkpoint import CONFIG, WEIGHTS
+from afa_core.bundle import CONFIG, WEIGHTS
 from infra.errors import ServiceError
 from infra.object_store import S3, ObjectError, fetch_file, join
 

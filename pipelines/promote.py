@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-from afa_core.checkpoint import bundle_digest, load_bundle
+from afa_core.bundle import bundle_digest
+from afa_core.checkpoint import load_bundle
 from infra.errors import ServiceError
 from infra.registry import RegisteredVersion, download, find_alias, list_versions, register, set_alias
 from infra.tracking import find_run, tracking_uri

@@ -1,8 +1,8 @@
 """``afa label``: write refined masks for a store of pictures or shards, as a Ray Data job.
 
 The store is listed once into an inventory, which is cut into work units (``inventory``); actors that each hold the
-model take one unit at a time from reading to commit (``labeller``), and the driver holds a window of them at a time
-(``label_windows``). Running the same command again does only the units that are missing.
+model (``label_worker``) take one unit at a time from reading to commit (``labeller``), and the driver holds a window of
+them at a time (``label_windows``). Running the same command again does only the units that are missing.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from pathlib import Path
 
 from ray.exceptions import RayError, RayTaskError
 
-from afa_core.checkpoint import load_bundle
+from afa_core.bundle import read_bundle_config
+from afa_core.errors import InputError
 from pipelines.cli import stage_main
 from pipelines.driver_lease import DriverLease
 from pipelines.errors import UsageError
 from pipelines.inventory import list_generations
-from pipelines.label_estimate import describe_plan
+from pipelines.label_job import GOES_ON, LabelJob, UnitResult
 from pipelines.label_leftovers import remove_leftovers
 from pipelines.label_options import add_label_options, config_digest, label_config
-from pipelines.label_plan import Plan, add_generations, check_output, count_plan, open_run
+from pipelines.label_plan import Plan, add_generations, check_output, count_plan, open_run, take_back
 from pipelines.label_progress import LabelProgress
 from pipelines.label_set import Counts, committed_table, count_rows, run_uri, waiting_units
 from pipelines.label_sources import absolute_source, check_source
 from pipelines.label_windows import run_units
-from pipelines.labeller import LabelJob, UnitResult
 from pipelines.last_words import last_words
 from pipelines.local_ray import start_ray
 from pipelines.model_files import find_model
 from pipelines.unit_table import Unit
 
-GOES_ON = "the same command goes on with what is missing"
 # Of these no other attempt is made: what is wrong stands in the inventory, or in a shard that would be read alike.
 WRONG_NAMES = frozenset({"bad_key", "duplicate_key", "bad_path", "bad_uri"})
 
@@ -101,7 +100,11 @@ def label(arguments: argparse.Namespace, job: LabelJob, source: str, output: str
             if plan.done_units:
                 print(f"{plan.done_units} of {plan.units} units are done already", flush=True)
             started = time.monotonic()
-            outcome = label_units(waiting_units(job.run, done), plan, job, arguments)
+            try:
+                outcome = label_units(waiting_units(job.run, done), plan, job, arguments)
+            except InputError:  # the workers' of the model, which they are the first to load
+                take_back(job)
+                raise
         seconds = time.monotonic() - started
         remove_leftovers(job.run)
     # What this job did itself it has counted; a store of a billion pictures has 16 million markers to read.
@@ -120,6 +123,8 @@ def dry_run(arguments: argparse.Namespace, job: LabelJob, source: str, output: s
         add_generations(job, source, output, arguments)
     with committed_table(job.run) as done:
         plan = count_plan(job.run, done)
+        from pipelines.label_estimate import describe_plan  # and torch with it, for which nothing else here waits
+
         print(describe_plan(job, plan, waiting_units(job.run, done), arguments.workers))
 
 
@@ -130,7 +135,7 @@ def build_job(arguments: argparse.Namespace, bundle_dir: Path, model: str, outpu
         InputError: the folder holds no usable model.
         UsageError: an option is out of range.
     """
-    bundle = load_bundle(bundle_dir)
+    bundle = read_bundle_config(bundle_dir)
     config = label_config(arguments, bundle)
     digest = config_digest(config, bundle)
     return LabelJob(

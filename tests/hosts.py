@@ -1,6 +1,7 @@
 """Several hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
 
-They share the file system and the processors, not the network: a host whose link is down is gone for all others.
+They share the file system, but for what is hidden, and the processors, not the network: a host whose link is down is
+gone for all others.
 """
 
 from __future__ import annotations
@@ -89,10 +90,12 @@ class Hosts:
         processors: of each host.
         head_words, head_environment: what the head alone is told.
         apart: hosts do not see each other's processes. A head that starts would find those of its cluster otherwise.
+        hidden: folders that are empty for the second host.
     """
 
     processors = (1, 1)
     apart = False
+    hidden: Sequence[Path] = ()
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
@@ -130,18 +133,19 @@ class Hosts:
         environment |= self.head_environment if first else {}
         processors = self.processors[self.hosts.index(host)]
         return host.start(
-            [*([] if first else self._in_own_folder()), BIN / "ray", "start", *role, "--block",
+            [*([] if first else self._with_own_mounts()), BIN / "ray", "start", *role, "--block",
              f"--node-ip-address={host.address}", f"--num-cpus={processors}", "--object-store-memory=150000000"],
             environment, self.folder / f"{host.name}.log", own_processes=self.apart,
         )  # fmt: skip
 
-    def _in_own_folder(self) -> list[str]:
+    def _with_own_mounts(self) -> list[str]:
         """Nodes that share a folder write over what they say of themselves, and a driver takes another for its own."""
-        if not self.apart:
-            return []
-        own = Path(f"{self.temp}-second")
-        own.mkdir(exist_ok=True)
-        return ["sh", "-c", f'mount --bind {own} {self.temp} && exec "$@"', "sh"]
+        mounts = [f"mount -t tmpfs none {folder}" for folder in self.hidden]
+        if self.apart:
+            own = Path(f"{self.temp}-second")
+            own.mkdir(exist_ok=True)
+            mounts.append(f"mount --bind {own} {self.temp}")
+        return ["sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
 
     def lose_second(self) -> None:
         """Cut the second host off until the first has noticed."""

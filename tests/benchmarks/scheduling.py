@@ -29,7 +29,7 @@ from workers import Workers
 
 from pipelines import label_windows
 from pipelines.inventory import HEAD, generation_folder
-from pipelines.label_inputs import StageSeconds
+from pipelines.label_job import StageSeconds, UnitResult
 from pipelines.label_leftovers import leftovers
 from pipelines.label_plan import Plan, count_plan
 from pipelines.label_set import (
@@ -41,7 +41,6 @@ from pipelines.label_set import (
     scratch_table,
     waiting_units,
 )
-from pipelines.labeller import UnitResult
 from pipelines.local_ray import start_ray
 from pipelines.pseudo_label import Outcome
 from pipelines.unit_table import UNITS, Unit, UnitTableWriter
@@ -53,9 +52,6 @@ LEFTOVER_EVERY = 1000  # one unit of so many was attempted twice
 
 class Counting:
     """An actor that labels nothing. It travels by value: its processes need not load torch."""
-
-    def __init__(self, job: None) -> None:
-        """The job is nothing, too."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Every picture of every unit is fine."""
@@ -100,7 +96,8 @@ def label_with_ray(units: int, max_blocks: int) -> dict[str, Any]:
         with committed_table(str(run)) as done:
             plan, outcome, course = count_plan(str(run), done), Outcome(), []
             began = time.monotonic()
-            for result in label_windows.run_units(waiting_units(str(run), done), None, 2, actor=Counting):  # type: ignore[arg-type]
+            pool = label_windows.find_pool(2, use_gpu=False)
+            for result in label_windows.run_on(pool, waiting_units(str(run), done), Counting):
                 outcome.add(result)
                 if outcome.counts.images % (plan.waiting_inputs // 6 // PICTURES * PICTURES) == 0:
                     course.append(resident_mib())

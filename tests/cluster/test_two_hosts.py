@@ -35,8 +35,8 @@ VALUES = [
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """Two hosts, an S3 server that both reach, shards and pictures in it, a tracking database."""
+def hosts(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    """Two hosts, an S3 server that both reach, shards and pictures in it, a tracking database; a model on the first."""
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}
     environment = {
         **plain_environment(tmp_path), **keys, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
@@ -48,6 +48,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
         made.environment["AWS_ENDPOINT_URL"] = endpoint
         object_store._client.cache_clear()  # other tests had another server
         boto3.client("s3").create_bucket(Bucket="two")
+        made.hidden = [bundle]
         for host in made.hosts:
             made.start_ray(host)
         made.wait_for_nodes(2)
@@ -101,7 +102,9 @@ def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, 
     assert [point.step for point in points] == list(range(STEPS))
 
 
-def test_labelling_loses_a_host_and_nothing_else(hosts: Hosts, bundle: Path, tmp_path: Path) -> None:
+def test_labelling_brings_the_model_to_a_host_loses_it_and_nothing_else(
+    hosts: Hosts, bundle: Path, tmp_path: Path
+) -> None:
     for index in range(300):
         write_object(f"s3://two/pictures/{index:03d}.png", picture(index, 128))
     log = tmp_path / "label.log"

@@ -23,18 +23,19 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import webdataset as wds
-from commands import afa, afa_command, afa_running
+from commands import afa, afa_command, afa_running, error_line
 from labelling import done_units, masks_of, picture, rows_of, verified
 from PIL import Image
 from servers.fault_proxy import fault_proxy
 
+from afa_core.checkpoint import load_bundle
 from afa_core.data.sample import encode_mask
 from afa_core.data.shapes import draw
 from infra.object_store import write_object
 from pipelines import label_windows, pseudo_label
 from pipelines.cli import main
 from pipelines.inventory import list_generations, load_units
-from pipelines.label_inputs import StageSeconds
+from pipelines.label_job import StageSeconds
 from pipelines.label_progress import expected_images
 from pipelines.label_set import find_run
 from pipelines.label_units import UnitWriter
@@ -134,6 +135,21 @@ def test_wrong_options_are_one_line(
     assert said in error
 
 
+def test_a_model_that_only_a_worker_can_refuse_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "one.png").write_bytes(picture(0))
+    wrong = shutil.copytree(bundle, tmp_path / "wrong")
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**config, "classes": [*config["classes"], "one more"]}))
+    words = ["--input", tmp_path / "pictures", "--output", tmp_path / "labels"]
+    printed = afa("label", "--model", wrong, *words, status=2)
+    assert "do not fit" in error_line(printed)
+    assert str(wrong) in error_line(printed)
+    assert "Traceback" not in printed
+    afa("label", "--model", bundle, *words)
+    assert verified(tmp_path / "labels")
+
+
 def live_metrics() -> str:
     """What Ray's agent tells Prometheus."""
     port = ray.nodes()[0]["MetricsExportPort"]
@@ -204,7 +220,7 @@ def test_a_batch_is_told_of_when_it_is_written(labels: Path, bundle: Path) -> No
     job = pseudo_label.build_job(label_arguments(words), bundle, "model", str(labels))
     unit = next(iter(load_units(find_run(str(labels)), list_generations(find_run(str(labels)))[0])))
     writer, told = UnitWriter(job.run, unit.name), 0
-    for inputs in Labeller(job).label_batches(unit, writer, StageSeconds()):
+    for inputs in Labeller(job, load_bundle(bundle)).label_batches(unit, writer, StageSeconds()):
         told += inputs
         assert writer.counts.images == told
     assert told == 2

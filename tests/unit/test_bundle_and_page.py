@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from afa_core.checkpoint import bundle_digest, load_bundle, save_bundle
+from afa_core.bundle import bundle_digest
+from afa_core.checkpoint import load_bundle, save_bundle
 from afa_core.classes import SHAPES
 from afa_core.config import CamConfig, LabelConfig, ModelConfig, ParConfig
 from afa_core.errors import InputError

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afa_core.crf import CrfConfig, Lattice, refine
+from afa_core.config import CrfConfig
+from afa_core.crf import Lattice, refine
 
 SMALL = CrfConfig(iterations=5, bilateral_xy_px=12.0, bilateral_rgb=15.0)
 
