@@ -32,7 +32,7 @@ from afa_core.config import (
     Positive,
 )
 from pipelines.errors import UsageError
-from pipelines.speed import SpeedConfig
+from pipelines.speed import SpeedConfig, can_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.speed.gradient_checkpointing and not self.model.backbone.startswith("mit_"):
+        if self.speed.gradient_checkpointing and not can_checkpoint(self.model.backbone):
             raise ValueError("speed.gradient_checkpointing needs a Mix Transformer (model.backbone=mit_...)")
 
 

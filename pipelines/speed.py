@@ -42,6 +42,11 @@ class SpeedConfig:
     profile_steps: CountOrZero = 0
 
 
+def can_checkpoint(backbone: str) -> bool:
+    """Whether backbones of this name can run their blocks again in the backward pass."""
+    return backbone.startswith("mit_")
+
+
 def check_compiler(config: SpeedConfig) -> None:
     """See that what is to be compiled can be: for the processor that is done by a C++ compiler.
 
@@ -64,12 +69,14 @@ def apply_speed(config: SpeedConfig, backbone: Any) -> None:
     """Set up this process and the backbone before its first pass.
 
     Raises:
-        InputError: see ``check_compiler``.
+        InputError: see ``check_compiler``; or the backbone cannot run its blocks again.
     """
     check_compiler(config)
     kernels.allow_tf32(config.tf32)
     if isinstance(backbone, MixTransformer):
         backbone.gradient_checkpointing = config.gradient_checkpointing
+    elif config.gradient_checkpointing:
+        raise InputError("speed.gradient_checkpointing=true: this backbone has none, a Mix Transformer has")
     if config.compile:
         assert isinstance(backbone, nn.Module)
         backbone.compile(dynamic=False)  # one for sizes of any kind its compiler cannot make

@@ -15,6 +15,7 @@ from afa_core.step import Batch
 from pipelines.benchmarks.measure import Case, Measurement, in_turns
 from pipelines.benchmarks.published_code import check_clone
 from pipelines.errors import UsageError
+from pipelines.speed import can_checkpoint
 
 # At the CAM's half scale the finest grid still has to hold the first stage's reduction.
 SMALLEST_CROP_PX = 64
@@ -89,7 +90,7 @@ def sizes_from(arguments: argparse.Namespace) -> list[Size]:
             raise UsageError(f"--crop {odd[0]}: the published code takes multiples of {PUBLISHED_CROP_PX}")
     least = {"crop": SMALLEST_CROP_PX, "batch": 1, "classes": 1, "tags": 0, "threads": 0, "repetitions": 1, "rounds": 1}
     check_numbers(arguments, least)
-    if getattr(arguments, "gradient_checkpointing", False) and not arguments.backbone.startswith("mit_"):
+    if getattr(arguments, "gradient_checkpointing", False) and not can_checkpoint(arguments.backbone):
         raise UsageError(f"--gradient-checkpointing: {arguments.backbone} has none, a Mix Transformer (mit_...) has")
     return [
         Size(

@@ -50,6 +50,13 @@ def test_compiling_without_a_compiler_is_a_mistake_and_not_tried_again(monkeypat
     assert "no C++ compiler here" in outcome["error"]
 
 
+def test_a_backbone_that_cannot_run_its_blocks_again_is_not_told_to() -> None:
+    backbone = build_backbone("pvt_v2_b0")
+    apply_speed(SpeedConfig(), backbone)
+    with pytest.raises(InputError, match="this backbone has none"):
+        apply_speed(SpeedConfig(gradient_checkpointing=True), backbone)
+
+
 class Doubled(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         return value + value
