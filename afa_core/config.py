@@ -39,6 +39,11 @@ class ModelConfig:
     drop_path_rate: Share = 0.1
     decoder_dropout: Share = 0.1
 
+    @property
+    def checkpoint(self) -> str | None:
+        """Path of the published checkpoint that ``pretrained`` names, if it does."""
+        return None if self.pretrained == "timm" else self.pretrained
+
 
 @dataclass(frozen=True, kw_only=True)
 class CamConfig:

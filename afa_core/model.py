@@ -145,6 +145,6 @@ def build_model(config: ModelConfig, num_foreground: int) -> AFANet:
 
     kernels.allow_tf32(False)
     model = AFANet(config, num_foreground)
-    if config.pretrained not in (None, "timm"):
-        import_published(model, config.pretrained)
+    if config.checkpoint is not None:
+        import_published(model, config.checkpoint)
     return model

@@ -14,18 +14,21 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 
+from afa_core.bundle import CONFIG, WEIGHTS
 from afa_core.errors import InputError
 from infra.errors import ServiceError
 from pipelines.batched import batched
 from pipelines.errors import UsageError
 from pipelines.label_job import LabelJob, UnitResult, result_from_json
-from pipelines.label_worker import LabelWorker, bundle_files
+from pipelines.label_worker import LabelWorker
 from pipelines.local_ray import processor_share
+from pipelines.sent_files import send
 from pipelines.unit_table import Unit
 
 MAX_BLOCKS = 4096
@@ -85,7 +88,7 @@ def run_units(
         UsageError: there is nothing to label on, and nothing says how many to wait for.
     """
     pool = find_pool(workers, use_gpu=use_gpu)
-    yield from run_on(pool, units, LabelWorker, job, ray.put(bundle_files(job.bundle_dir)))
+    yield from run_on(pool, units, LabelWorker, job, send([Path(job.bundle_dir) / name for name in (CONFIG, WEIGHTS)]))
 
 
 def run_on(pool: Pool, units: Iterable[Unit], actor: type[Any], *arguments: object) -> Iterator[UnitResult]:

@@ -1,35 +1,20 @@
-"""An actor of the labelling pool, as its driver knows it: torch and the model are there once it is made.
-
-The model reaches it as the bytes of its bundle, which Ray brings to a machine once: only the driver's has the folder.
-"""
+"""An actor of the labelling pool, as its driver knows it: torch and the model are there once it is made."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
-from numpy.typing import NDArray
 
-from afa_core.bundle import CONFIG, WEIGHTS
 from afa_core.errors import InputError
 from infra.errors import ServiceError
 from pipelines.label_job import GOES_ON, LabelJob, UnitResult
+from pipelines.sent_files import SentFiles, received
 from pipelines.unit_table import Unit
 
 if TYPE_CHECKING:
     from pipelines.labeller import Labeller
-
-# As arrays, of which Ray copies nothing for the processes of one machine.
-BundleFiles = dict[str, NDArray[np.uint8]]
-
-
-def bundle_files(folder: str) -> BundleFiles:
-    """The bytes of a bundle."""
-    return {name: np.fromfile(Path(folder) / name, np.uint8) for name in (CONFIG, WEIGHTS)}
 
 
 class LabelWorker:
@@ -38,19 +23,17 @@ class LabelWorker:
     What another attempt cannot mend is told, not raised: from here it would come with pages of Ray's own lines.
     """
 
-    def __init__(self, job: LabelJob, model: ray.ObjectRef[BundleFiles]) -> None:
+    def __init__(self, job: LabelJob, bundle: SentFiles) -> None:
         from afa_core.checkpoint import load_bundle  # which, with torch, the driver of a job never needs
         from pipelines.labeller import Labeller
 
         self._labeller: Labeller | None = None
         self._refused = ""
-        with tempfile.TemporaryDirectory(prefix="afa-model-") as scratch:
-            for name, data in ray.get(model).items():
-                (Path(scratch) / name).write_bytes(data.data)
+        with received(bundle) as folder:
             try:
-                self._labeller = Labeller(job, load_bundle(scratch))
+                self._labeller = Labeller(job, load_bundle(folder))
             except InputError as error:
-                self._refused = str(error).replace(scratch, job.bundle_dir)
+                self._refused = str(error).replace(str(folder), job.bundle_dir)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Label the units of the batch; gives back what became of each, as JSON."""

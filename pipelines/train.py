@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from pipelines.errors import UsageError
 from pipelines.label_sources import absolute_source
 from pipelines.local_ray import processor_share, start_ray
 from pipelines.patience import patiently
+from pipelines.sent_files import send
 from pipelines.shard_store import load_shard_set, verify_shard_set
 from pipelines.training import WorkerSettings, checkpoints_uri, train_worker
 
@@ -75,8 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         logger = attach_or_open(run_uri, experiment, index, dataset, resume=resume)
         print(f"run {name}: MLflow run {logger.run_id} at {safe_uri(logger.uri)}", flush=True)
         settings = WorkerSettings(
-            experiment_to_values(experiment), dataset, run_uri, lease.name, logger.uri, logger.run_id
-        )
+            experiment_to_values(experiment), dataset, run_uri, lease.name, logger.uri, logger.run_id,
+            weights=send([Path(checkpoint)]) if (checkpoint := experiment.model.checkpoint) else None,
+        )  # fmt: skip
         return finish(settings, workers, logger, experiment, name)
 
 
@@ -224,7 +225,7 @@ def train(
     """Run the workers to their end; what rank 0 returns."""
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # as above
-        train_loop_config=asdict(settings),
+        train_loop_config=vars(settings),
         scaling_config=workers,
         run_config=RunConfig(
             name=name,

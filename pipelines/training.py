@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from afa_core.data.train_samples import TrainBatch
 from afa_core.data.transforms import to_network_input
 from afa_core.errors import InputError
 from afa_core.finite import NonFiniteStateError, check_finite_gradients
-from afa_core.model import build_model
+from afa_core.model import AFANet, build_model
 from afa_core.optim import apply_schedule, build_optimizer
 from afa_core.step import Batch, NonFiniteLossError, check_finite, training_step
 from infra.history import HistorySender
@@ -46,6 +46,7 @@ from pipelines.pictures import COLUMNS, Tile, grid_png, scored_rows
 from pipelines.progress import Progress, peak_memory_gib
 from pipelines.run_state import check_state, read_state, seed_step, write_state
 from pipelines.scoring import Scores, evaluation_samples, score_samples
+from pipelines.sent_files import SentFiles, received
 from pipelines.shard_store import load_shard_set, split_files
 from pipelines.speed import StepProfiler, apply_speed, check_compiler, uncompiled
 from pipelines.worker_group import StepFacts, WorkerGroup
@@ -56,7 +57,7 @@ NAMED_SKIPS = 3
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the driver hands to the workers; plain values, so that it travels."""
+    """What the driver hands to the workers; plain values, so that it travels, and the file of the first weights."""
 
     experiment: dict[str, Any]
     dataset: str
@@ -64,6 +65,7 @@ class WorkerSettings:
     driver: str
     tracking_uri: str
     run_id: str
+    weights: SentFiles | None = None
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +117,7 @@ class Worker:
             checkpoints_uri(settings.run_uri), self.fence,
             keep_last=train.keep_last, keep_best=train.keep_best, metric=train.best_metric,
         )  # fmt: skip
-        torch.manual_seed(train.seed)  # all workers start from the same weights
-        self.model = build_model(experiment.model, len(self.index.classes)).to(self.device)
+        self.model = self._first_model().to(self.device)
         apply_speed(experiment.speed, self.model.backbone)
         if self.group.size > 1:
             synchronise_batch_norm(self.model, self.device)
@@ -130,6 +131,16 @@ class Worker:
         self._resume()
         self.forward = self._wrap()
         self.progress = Progress("step", experiment.optim.total_steps, self.step, window=train.log_every)
+
+    def _first_model(self) -> AFANet:
+        """The network as training begins, the same for all workers."""
+        config, classes = self.experiment.model, len(self.index.classes)
+        torch.manual_seed(self.experiment.train.seed)
+        if self.settings.weights is None:
+            return build_model(config, classes)
+        with received(self.settings.weights) as folder:
+            (checkpoint,) = folder.iterdir()
+            return build_model(replace(config, pretrained=str(checkpoint)), classes)
 
     def run(self) -> None:
         """Train to the last step, evaluating and saving on the way and at the end."""

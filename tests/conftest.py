@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import reference_weights
 from servers.s3 import ACCESS_KEY, SECRET_KEY, s3_server
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -83,6 +84,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system is not allowed here")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def published() -> dict[str, torch.Tensor]:
+    """The weights of the golden tensors, mit_b0, by the names of the published code."""
+    values = reference_weights.state_dict(Path(__file__).parent / "golden" / "names-mit_b0.json")
+    return {name: torch.as_tensor(value) for name, value in values.items()}
 
 
 @pytest.fixture(scope="session")

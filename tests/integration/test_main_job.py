@@ -74,6 +74,21 @@ def champion(run_id: str) -> str:
     return "models:/shapes@champion"
 
 
+def test_training_starts_from_a_checkpoint_beside_the_command(
+    shards: Path, published: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the workers, in folders of their own, do not know where it is."""
+    encoder = {name: value for name, value in published.items() if name.startswith("encoder.")}
+    torch.save({name.removeprefix("encoder."): value for name, value in encoder.items()}, tmp_path / "mit_b0.pth")
+    monkeypatch.chdir(tmp_path)
+    settings = overrides("model.backbone=mit_b0", "model.pretrained=mit_b0.pth", "optim.total_steps=1", "optim.lr=1e-9",
+                         "loss.classification_steps=1", "loss.affinity_label_step=1", "train.eval_every=1")  # fmt: skip
+    printed = afa("train", shards, "--config", "shapes_cpu", "--storage", "runs", "--run-name", "begun", *settings)
+    weights = load_file(Path(printed.split("best checkpoint ")[1].split()[0]) / "model.safetensors")
+    torch.testing.assert_close(weights["backbone.stages.0.merging.projection.weight"],
+                               encoder["encoder.patch_embed1.proj.weight"])  # fmt: skip
+
+
 def test_shards_are_read_by_webdataset_and_are_the_same_bytes_again(shards: Path, tmp_path: Path) -> None:
     index = load_dataset_index(shards)
     urls = [str(path) for path in shard_paths(shards, index, "train")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,7 @@ from afa_core.errors import InputError
 from afa_core.model import AFANet, build_model
 from afa_core.published import import_published
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-sys.path.insert(0, str(GOLDEN))
-import reference_weights  # noqa: E402
-
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def published() -> State:
-    values = reference_weights.state_dict(GOLDEN / "names-mit_b0.json")
-    return {name: torch.as_tensor(value) for name, value in values.items()}
 
 
 def model() -> AFANet:
