@@ -36,7 +36,10 @@ VALUES = [
 
 @pytest.fixture
 def hosts(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """Two hosts, an S3 server that both reach, shards and pictures in it, a tracking database; a model on the first."""
+    """Two hosts, an S3 server that both reach, shards and pictures in it, a tracking database.
+
+    A model and what commands write into ``TMPDIR`` are on the first host alone.
+    """
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}
     environment = {
         **plain_environment(tmp_path), **keys, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
@@ -48,12 +51,18 @@ def hosts(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         made.environment["AWS_ENDPOINT_URL"] = endpoint
         object_store._client.cache_clear()  # other tests had another server
         boto3.client("s3").create_bucket(Bucket="two")
-        made.hidden = [bundle]
+        own = tmp_path / "own"
+        own.mkdir()
+        made.hidden = [bundle, own]
         for host in made.hosts:
             made.start_ray(host)
         made.wait_for_nodes(2)
         yield made
     object_store._client.cache_clear()
+
+
+def run_on_first(hosts: Hosts, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    return hosts.hosts[0].start(command, {**hosts.environment, "TMPDIR": str(hosts.hidden[1])}, log)
 
 
 def objects(prefix: str, suffix: str) -> list[str]:
@@ -82,7 +91,7 @@ def test_training_loses_a_host_goes_on_with_one_and_takes_it_back(hosts: Hosts, 
     ]
     command = afa_command("train", "s3://two/shards", "--config", "shapes_cpu", "--storage", "s3://two/runs",
                           "--run-name", "elastic", *settings)  # fmt: skip
-    process = hosts.hosts[0].start(command, hosts.environment, log)
+    process = run_on_first(hosts, command, log)
     wait_until(lambda: TOGETHER in log.read_text(), process, log.read_text)
     wait_until(CheckpointStore("s3://two/runs/elastic/checkpoints").load_all, process, log.read_text)
     once = log.read_text().count(TOGETHER)  # Ray shows some lines twice
@@ -110,7 +119,7 @@ def test_labelling_brings_the_model_to_a_host_loses_it_and_nothing_else(
     log = tmp_path / "label.log"
     command = afa_command("label", "--model", bundle, "--input", "s3://two/pictures", "--output", "s3://two/labels",
                           "--unit-size", 4, "--workers", 2)  # fmt: skip
-    process = hosts.hosts[0].start(command, hosts.environment, log)
+    process = run_on_first(hosts, command, log)
     wait_until(lambda: len(objects("s3://two/labels", ".done.json")) >= 4, process, log.read_text)
     hosts.lose_second()
     hosts.return_second()
