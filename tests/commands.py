@@ -45,7 +45,7 @@ def outcome(process: subprocess.Popen[str]) -> object:
 
 @contextmanager
 def afa_running(
-    *words: object, until: Callable[[], bool], timeout_s: float = 150, log: Path | None = None
+    *words: object, until: Callable[[], bool], timeout_s: float = 300, log: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """A command that has come so far that ``until`` holds; what it prints goes into ``log``, or is for the caller."""
     process = subprocess.Popen(

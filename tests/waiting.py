@@ -14,7 +14,7 @@ def wait_until(
     done: Callable[[], object],
     process: subprocess.Popen[Any] | None = None,
     words: Callable[[], object] = lambda: "it does not come so far",
-    timeout_s: float = 150,
+    timeout_s: float = 300,
 ) -> None:
     """Until ``done`` holds; ``process`` must live so long, and ``words`` tell what there is to know if it does not."""
     deadline = time.monotonic() + timeout_s

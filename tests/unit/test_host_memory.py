@@ -40,8 +40,15 @@ def test_labelling_asks_for_it_before_every_size(monkeypatch: pytest.MonkeyPatch
     asked: list[int] = []
     monkeypatch.setattr(labelling, "return_free_memory_if_grown", lambda: asked.append(1))
     config = ModelConfig(backbone="mit_tiny")
-    configs = (config, CamConfig(scales=(1.0,)), ParConfig(), LabelConfig())
-    bundle = Bundle(AFANet(config, 1).eval(), ("dog",), *configs, digest="")
+    bundle = Bundle(
+        model=AFANet(config, 1).eval(),
+        classes=("dog",),
+        model_config=config,
+        cam_config=CamConfig(scales=(1.0,)),
+        par_config=ParConfig(),
+        label_config=LabelConfig(),
+        digest="",
+    )
     images = [np.zeros((side, 64, 3), np.uint8) for side in (64, 65, 64)]
     labelling.label_pictures(bundle, images, [("dog",)] * 3)
     assert len(asked) == 2
