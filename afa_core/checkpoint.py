@@ -1,6 +1,6 @@
 """What a trained network is on disk.
 
-A trained one is a bundle (``bundle``); training state (optimiser, step) lies in a file of its own beside it. Nothing
+It is a bundle (``afa_core.bundle``); training state (optimiser, step) lies in a file of its own beside it. Nothing
 that is read here can execute code.
 
 Import of published checkpoints: ``afa_core.published``.

@@ -121,10 +121,10 @@ def dry_run(arguments: argparse.Namespace, job: LabelJob, source: str, output: s
     if not list_generations(job.run):
         job = dataclasses.replace(job, run=str(scratch / "plan"))
         add_generations(job, source, output, arguments)
+    from pipelines.label_estimate import describe_plan  # and torch with it, for which nothing else here waits
+
     with committed_table(job.run) as done:
         plan = count_plan(job.run, done)
-        from pipelines.label_estimate import describe_plan  # and torch with it, for which nothing else here waits
-
         print(describe_plan(job, plan, waiting_units(job.run, done), arguments.workers))
 
 

@@ -139,7 +139,11 @@ class Hosts:
         )  # fmt: skip
 
     def _with_own_mounts(self) -> list[str]:
-        """Nodes that share a folder write over what they say of themselves, and a driver takes another for its own."""
+        """What hides folders from the second host.
+
+        Ray's is one where nodes are apart: they would write over what they say of themselves, and a driver take another
+        node for its own.
+        """
         mounts = [f"mount -t tmpfs none {folder}" for folder in self.hidden]
         if self.apart:
             own = Path(f"{self.temp}-second")

@@ -51,9 +51,8 @@ def hosts(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         made.environment["AWS_ENDPOINT_URL"] = endpoint
         object_store._client.cache_clear()  # other tests had another server
         boto3.client("s3").create_bucket(Bucket="two")
-        own = tmp_path / "own"
-        own.mkdir()
-        made.hidden = [bundle, own]
+        temporary_files(made).mkdir()
+        made.hidden = [bundle, temporary_files(made)]
         for host in made.hosts:
             made.start_ray(host)
         made.wait_for_nodes(2)
@@ -61,8 +60,13 @@ def hosts(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     object_store._client.cache_clear()
 
 
+def temporary_files(hosts: Hosts) -> Path:
+    """Where commands on the first host have theirs."""
+    return hosts.folder / "own"
+
+
 def run_on_first(hosts: Hosts, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    return hosts.hosts[0].start(command, {**hosts.environment, "TMPDIR": str(hosts.hidden[1])}, log)
+    return hosts.hosts[0].start(command, {**hosts.environment, "TMPDIR": str(temporary_files(hosts))}, log)
 
 
 def objects(prefix: str, suffix: str) -> list[str]:
